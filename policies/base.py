@@ -1,0 +1,37 @@
+"""What every policy is: told an instruction once, then asked for actions again and again."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Something that acts.
+
+    requires: the observation keys that `infer` reads (see envs.spec.OBSERVATION); images are rendered only for a policy that
+    asks for them. name: what results and recordings call it.
+    """
+
+    name: str
+    requires: frozenset[str]
+
+    def reset(self, instruction: str, *, task: str | None = None, seed: int | None = None) -> None:
+        """Start a subtask.
+
+        instruction: a sentence. task: the benchmark's name of the subtask, for privileged policies (the scripted expert) alone.
+        seed: of whatever the policy draws at random during this subtask; the same seed gives the same actions.
+        Raises ValueError for an empty instruction.
+        """
+        ...
+
+    def infer(self, observation: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Decide.
+
+        Returns {"actions": float32 (T, 7), ...}: T >= 1 actions to execute in order, at 30 Hz, before the next call. Further
+        keys are for recordings: "timing_s" {stage: seconds}, "token_ids", "entropy".
+        Raises a named error rather than returning a stand-in for a decision that failed.
+        """
+        ...
