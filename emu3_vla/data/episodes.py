@@ -1,0 +1,282 @@
+"""Episode store: recorded episodes on disk, a shard at a time.
+
+    store = EpisodeStore.create("outputs/collect/first", metadata={"wordings": {...}, "seed": 0})
+    store.write_shard(0, episodes)            # whole or not at all: written beside its place, then renamed
+    for index in store.shard_indices():
+        episodes = store.read_shard(index)
+
+Layout: `store.json` (schema, metadata) and one Zarr v3 group per shard, `shards/00042.zarr`. In a shard the episodes' arrays are
+concatenated along their first axis; the group's attributes say how long each episode is. Every array is one file, compressed with
+Zstandard and checksummed (CRC-32C) per few frames, so a damaged byte is found when it is read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from envs.spec import CAMERAS, Episode
+
+FORMAT = "emu3-vla-episodes"
+SCHEMA = 1
+SHARD_FORMAT = "emu3-vla-episode-shard"
+
+STEP_ARRAYS = {"actions": "float32", "robot_obs": "float64", "scene_obs": "float64", "imitate": "bool"}
+FRAME_ARRAYS = {"frame_step": "int64", "rgb_static": "uint8", "rgb_gripper": "uint8"}
+
+# Neighbouring frames of an episode share most of their bytes, and Zstandard sees that only inside one chunk.
+FRAMES_PER_CHUNK = 8
+STEPS_PER_CHUNK = 4096
+
+
+class EpisodeStoreError(ValueError):
+    """A store or shard that is missing, foreign, damaged, or would be overwritten."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """What a store holds, read from its records alone. `tasks` counts episodes per task."""
+
+    shards: int
+    episodes: int
+    steps: int
+    frames: int
+    tasks: dict[str, int]
+
+
+class EpisodeStore:
+    """A folder of episode shards. Make one with `create` or `open`; several processes may write different shards at once."""
+
+    def __init__(self, path: Path, metadata: dict[str, Any]):
+        self.path = path
+        self.metadata = metadata
+
+    @classmethod
+    def create(cls, path: str | Path, metadata: dict[str, Any]) -> EpisodeStore:
+        """Start a store in the folder `path`, or go on with the one there if its metadata is the same.
+
+        metadata: JSON-able, e.g. {"wordings": {task: [sentence, ...]}, "scene": "D", "seed": 0}.
+        Raises EpisodeStoreError if a store with other metadata is there, ValueError if `metadata` is not JSON.
+        """
+        path = Path(path)
+        record = {"format": FORMAT, "schema": SCHEMA, "metadata": metadata}
+        text = json_text(record, f"metadata of the episode store {path}")
+        file = path / "store.json"
+        if file.exists():
+            store = cls.open(path)
+            if store.metadata != json.loads(text)["metadata"]:
+                raise EpisodeStoreError(
+                    f"{path} is an episode store with other metadata; open it with EpisodeStore.open, or choose another folder"
+                )
+            return store
+        (path / "shards").mkdir(parents=True, exist_ok=True)
+        write_text_atomic(file, text)
+        return cls(path, json.loads(text)["metadata"])
+
+    @classmethod
+    def open(cls, path: str | Path) -> EpisodeStore:
+        """The store in the folder `path`. Raises FileNotFoundError if there is none, EpisodeStoreError if it is not ours."""
+        path = Path(path)
+        record = read_manifest(path / "store.json", FORMAT, SCHEMA, "an episode store", EpisodeStoreError)
+        return cls(path, record["metadata"])
+
+    def shard_path(self, index: int) -> Path:
+        return self.path / "shards" / f"{index:05d}.zarr"
+
+    def has_shard(self, index: int) -> bool:
+        """Whether shard `index` is there; a shard that is there is whole."""
+        return self.shard_path(index).exists()
+
+    def shard_indices(self) -> list[int]:
+        """The numbers of the shards that are there, ascending."""
+        return shard_indices(self.path / "shards")
+
+    def write_shard(self, index: int, episodes: Sequence[Episode]) -> Path:
+        """Write `episodes` as shard `index`; returns its folder. The same episodes give the same bytes.
+
+        Raises EpisodeStoreError if that shard is there already, ValueError for no episodes or an `info` that is not JSON.
+        """
+        target = self.shard_path(index)
+        if target.exists():
+            raise EpisodeStoreError(f"{target} is there already; shards are never overwritten")
+        if not episodes:
+            raise ValueError(f"shard {index} of {self.path} would hold no episode; write at least one")
+        records = [_record(episode) for episode in episodes]
+        json_text(records, f"task, instruction and info of the episodes for {target}")
+        columns = {}
+        for name, dtype in (STEP_ARRAYS | FRAME_ARRAYS).items():
+            columns[name] = np.concatenate([_exact(episode, name, dtype) for episode in episodes])
+        write_shard_atomic(target, columns, {"format": SHARD_FORMAT, "schema": SCHEMA, "episodes": records})
+        return target
+
+    def records(self, index: int) -> list[dict[str, Any]]:
+        """Per episode of shard `index`: {task, instruction, steps, frames, info}, without reading an array."""
+        return list(self._group(index).attrs["episodes"])
+
+    def read_shard(self, index: int) -> list[Episode]:
+        """All episodes of shard `index`, in the order they were written, as envs.spec.Episode. Raises EpisodeStoreError."""
+        group = self._group(index)
+        columns = {name: read_array(group, name, self.shard_path(index)) for name in STEP_ARRAYS | FRAME_ARRAYS}
+        episodes, step, frame = [], 0, 0
+        for record in group.attrs["episodes"]:
+            steps, frames = slice(step, step + record["steps"]), slice(frame, frame + record["frames"])
+            arrays = {name: columns[name][steps] for name in STEP_ARRAYS}
+            arrays |= {name: columns[name][frames] for name in FRAME_ARRAYS}
+            episodes.append(
+                Episode(task=record["task"], instruction=record["instruction"], info=dict(record["info"]), **arrays)
+            )
+            step, frame = steps.stop, frames.stop
+        return episodes
+
+    def read_frames(self, camera: str, index: int, frames: slice = slice(None)) -> np.ndarray:
+        """Frames of one camera of shard `index`, episodes one after another: uint8 (N, H, W, 3).
+
+        frames: which of the shard's frames; only the chunks of FRAMES_PER_CHUNK frames that it touches are read.
+        Raises EpisodeStoreError, and ValueError for a camera that is not one of envs.spec.CAMERAS.
+        """
+        if camera not in CAMERAS:
+            raise ValueError(f"unknown camera {camera!r}, expected one of {', '.join(CAMERAS)}")
+        return read_array(self._group(index), camera, self.shard_path(index), frames)
+
+    def totals(self) -> Totals:
+        """How much the store holds, from the shards' records."""
+        records = [record for index in self.shard_indices() for record in self.records(index)]
+        return Totals(
+            shards=len(self.shard_indices()),
+            episodes=len(records),
+            steps=sum(record["steps"] for record in records),
+            frames=sum(record["frames"] for record in records),
+            tasks=dict(sorted(Counter(record["task"] for record in records).items())),
+        )
+
+    def __len__(self) -> int:
+        """Number of episodes."""
+        return sum(len(self.records(index)) for index in self.shard_indices())
+
+    def _group(self, index: int) -> zarr.Group:
+        path = self.shard_path(index)
+        if not path.exists():
+            there = self.shard_indices()
+            raise EpisodeStoreError(f"{self.path} has no shard {index}; it has {len(there)} ({there[:3]}…{there[-1:]})")
+        return open_shard(path, SHARD_FORMAT, SCHEMA, EpisodeStoreError)
+
+
+def _record(episode: Episode) -> dict[str, Any]:
+    return {
+        "task": episode.task,
+        "instruction": episode.instruction,
+        "steps": len(episode.actions),
+        "frames": len(episode.frame_step),
+        "info": episode.info,
+    }
+
+
+def _exact(episode: Episode, name: str, dtype: str) -> np.ndarray:
+    array = getattr(episode, name)
+    if array.dtype != dtype:
+        raise ValueError(f"episode of {episode.task!r}: {name} is {array.dtype}, expected {dtype}; convert it before writing")
+    return array
+
+
+# The pieces below know nothing of episodes: the token store is built of the same ones.
+
+
+def json_text(value: Any, what: str) -> str:
+    """`value` as JSON text. Raises ValueError naming `what` if it is not JSON (NaN, numpy scalars, ...)."""
+    try:
+        return json.dumps(value, indent=1, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what} cannot be written as JSON: {error}") from error
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write `text` beside `path`, then rename it into place."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def read_manifest(path: Path, format: str, schema: int, what: str, error: type[ValueError]) -> dict[str, Any]:
+    """The JSON object in `path`, which must be of `format` and `schema`. Raises FileNotFoundError or `error`."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} does not exist, expected the folder of {what}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} is not {what}: it has no {path.name}")
+    try:
+        record = json.loads(path.read_text())
+    except json.JSONDecodeError as problem:
+        raise error(f"{path} is damaged or cut short ({problem}); restore it or make the store again") from problem
+    if not isinstance(record, dict) or record.get("format") != format:
+        raise error(f"{path} is not the manifest of {what}: expected format {format!r}")
+    if record.get("schema") != schema:
+        raise error(f"{path} has schema {record.get('schema')!r}, this program reads schema {schema}; make the store again")
+    return record
+
+
+def shard_indices(folder: Path) -> list[int]:
+    """Numbers of the shards `NNNNN.zarr` in `folder`, ascending; hidden (unfinished) ones are not counted."""
+    return sorted(int(path.stem) for path in folder.glob("[0-9]*.zarr") if path.stem.isdigit())
+
+
+def write_shard_atomic(target: Path, columns: dict[str, np.ndarray], attributes: dict[str, Any]) -> None:
+    """Write arrays and attributes as one Zarr group at `target`: under a hidden name, then renamed."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    if temporary.exists():  # a writer of this very shard was killed; nobody else writes to this name
+        shutil.rmtree(temporary)
+    group = zarr.create_group(str(temporary), attributes=attributes)
+    for name, column in columns.items():
+        _write_array(group, name, column)
+    temporary.rename(target)
+
+
+def _write_array(group: zarr.Group, name: str, values: np.ndarray) -> None:
+    per_chunk = FRAMES_PER_CHUNK if values.ndim > 2 else STEPS_PER_CHUNK
+    chunk = max(1, min(per_chunk, len(values)))
+    array = group.create_array(
+        name,
+        shape=values.shape,
+        dtype=values.dtype,
+        chunks=(chunk, *values.shape[1:]),
+        shards=(max(1, math.ceil(len(values) / chunk)) * chunk, *values.shape[1:]),
+        compressors=[ZstdCodec(level=1), Crc32cCodec()],
+        # Otherwise a chunk of zeros is left out, and a lost file could not be told from one.
+        config={"write_empty_chunks": True},
+    )
+    if len(values):
+        array[...] = values
+
+
+def open_shard(path: Path, format: str, schema: int, error: type[ValueError]) -> zarr.Group:
+    """The Zarr group at `path`, checked to be a shard of `format`. Raises `error`."""
+    try:
+        group = zarr.open_group(str(path), mode="r")
+    except (OSError, ValueError, KeyError) as problem:
+        raise error(f"{path} cannot be opened as a Zarr group ({problem}); delete that shard and make it again") from problem
+    if group.attrs.get("format") != format or group.attrs.get("schema") != schema:
+        raise error(
+            f"{path} is of format {group.attrs.get('format')!r} and schema {group.attrs.get('schema')!r}, "
+            f"expected {format!r} and {schema}"
+        )
+    return group
+
+
+def read_array(group: zarr.Group, name: str, path: Path, rows: slice = slice(None)) -> np.ndarray:
+    """Rows of one array of a shard. Raises EpisodeStoreError where a file is missing or its checksum is wrong."""
+    try:
+        array = group[name]
+        # Zarr reads a missing file as zeros. Ours are one file an array, so its absence is damage.
+        if array.shape[0] and not (path / name / "c" / "/".join("0" * array.ndim)).is_file():
+            raise FileNotFoundError(f"no data file of {name}")
+        return np.asarray(array[rows])
+    except (OSError, ValueError, KeyError, RuntimeError) as problem:
+        raise EpisodeStoreError(f"{path}: array {name!r} is damaged ({problem}); delete that shard and make it again") from problem

@@ -1,0 +1,148 @@
+"""Episode store: exact round trips, atomic shards, and named errors for what is missing, foreign or damaged."""
+
+import json
+
+import numpy as np
+import pytest
+
+from emu3_vla.data.episodes import EpisodeStore, EpisodeStoreError
+from envs.spec import Episode
+
+ARRAYS = ("actions", "robot_obs", "scene_obs", "imitate", "frame_step", "rgb_static", "rgb_gripper")
+
+
+def make_episode(seed: int, steps: int = 23, every: int = 5, **info) -> Episode:
+    random = np.random.default_rng(seed)
+    frame_step = np.arange(0, steps, every) if every else np.zeros(0, np.int64)
+    return Episode(
+        task=f"task_{seed % 3}",
+        instruction=f"sentence {seed}",
+        actions=random.uniform(-1, 1, (steps, 7)).astype(np.float32),
+        robot_obs=random.normal(size=(steps, 15)),
+        scene_obs=random.normal(size=(steps, 24)),
+        imitate=random.random(steps) < 0.8,
+        frame_step=frame_step,
+        rgb_static=random.integers(0, 256, (len(frame_step), 200, 200, 3), dtype=np.uint8),
+        rgb_gripper=random.integers(0, 256, (len(frame_step), 84, 84, 3), dtype=np.uint8),
+        info={"seed": seed, **info},
+    )
+
+
+def assert_same(left: Episode, right: Episode):
+    assert (left.task, left.instruction, left.info) == (right.task, right.instruction, right.info)
+    for name in ARRAYS:
+        expected, got = getattr(left, name), getattr(right, name)
+        assert expected.dtype == got.dtype and np.array_equal(expected, got), name
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = EpisodeStore.create(tmp_path / "store", {"wordings": {"task_0": ["do it"]}, "seed": 0})
+    store.write_shard(0, [make_episode(0, note="a"), make_episode(1, steps=40), make_episode(2, every=0)])
+    store.write_shard(7, [make_episode(3)])
+    return store
+
+
+def test_round_trip_is_exact(store):
+    store = EpisodeStore.open(store.path)
+    assert store.metadata == {"wordings": {"task_0": ["do it"]}, "seed": 0}
+    assert store.shard_indices() == [0, 7] and store.has_shard(7) and not store.has_shard(1)
+    written = [make_episode(0, note="a"), make_episode(1, steps=40), make_episode(2, every=0)]
+    for expected, got in zip(written, store.read_shard(0), strict=True):
+        assert_same(expected, got)
+
+
+def test_shard_of_zero_images_and_no_frames_round_trips(tmp_path):
+    store = EpisodeStore.create(tmp_path, {})
+    blank = make_episode(0)
+    blank.rgb_static[:] = 0
+    store.write_shard(0, [blank])
+    assert_same(blank, store.read_shard(0)[0])
+    store.write_shard(1, [make_episode(2, every=0)])
+    assert store.read_shard(1)[0].rgb_static.shape == (0, 200, 200, 3)
+
+
+def test_totals_and_frames_without_episodes(store):
+    totals = store.totals()
+    assert (totals.shards, totals.episodes, totals.steps, totals.frames) == (2, 4, 23 + 40 + 23 + 23, 5 + 8 + 0 + 5)
+    assert totals.tasks == {"task_0": 2, "task_1": 1, "task_2": 1} and len(store) == 4
+    frames = store.read_frames("rgb_gripper", 0)
+    assert np.array_equal(frames[5:], make_episode(1, steps=40).rgb_gripper)
+    assert np.array_equal(store.read_frames("rgb_static", 0, slice(3, 6))[2], make_episode(1, steps=40).rgb_static[0])
+
+
+def test_same_episodes_give_the_same_bytes(store, tmp_path):
+    again = EpisodeStore.create(tmp_path / "again", store.metadata)
+    again.write_shard(7, [make_episode(3)])
+    files = [path for path in sorted(store.shard_path(7).rglob("*")) if path.is_file()]
+    for path in files:
+        assert path.read_bytes() == (again.shard_path(7) / path.relative_to(store.shard_path(7))).read_bytes()
+    assert len(files) <= 16
+
+
+def test_an_unfinished_shard_is_not_there_and_is_replaced(store):
+    leftover = store.path / "shards" / ".00003.zarr.tmp"
+    leftover.mkdir()
+    (leftover / "junk").write_text("half")
+    assert store.shard_indices() == [0, 7]
+    store.write_shard(3, [make_episode(4)])
+    assert store.shard_indices() == [0, 3, 7] and not leftover.exists()
+    assert not (store.shard_path(3) / "junk").exists()
+
+
+def test_shards_are_never_overwritten(store):
+    with pytest.raises(EpisodeStoreError, match="never overwritten"):
+        store.write_shard(0, [make_episode(0)])
+    with pytest.raises(ValueError, match="no episode"):
+        store.write_shard(1, [])
+
+
+def test_create_resumes_the_same_store_and_refuses_another(store):
+    assert EpisodeStore.create(store.path, store.metadata).shard_indices() == [0, 7]
+    with pytest.raises(EpisodeStoreError, match="other metadata"):
+        EpisodeStore.create(store.path, {"seed": 1})
+
+
+def test_open_names_what_is_wrong(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        EpisodeStore.open(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="no store.json"):
+        EpisodeStore.open(tmp_path)
+    (tmp_path / "store.json").write_text('{"format": "emu')
+    with pytest.raises(EpisodeStoreError, match="damaged or cut short"):
+        EpisodeStore.open(tmp_path)
+    (tmp_path / "store.json").write_text('{"format": "lerobot"}')
+    with pytest.raises(EpisodeStoreError, match="not the manifest of an episode store"):
+        EpisodeStore.open(tmp_path)
+    (tmp_path / "store.json").write_text(json.dumps({"format": "emu3-vla-episodes", "schema": 99, "metadata": {}}))
+    with pytest.raises(EpisodeStoreError, match="schema 99"):
+        EpisodeStore.open(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "delete"])
+def test_damaged_frames_are_an_error_not_zeros(store, damage):
+    file = store.shard_path(7).joinpath("rgb_static", "c", "0", "0", "0", "0")
+    content = bytearray(file.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif damage == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    else:
+        file.unlink()
+    with pytest.raises(EpisodeStoreError, match="'rgb_static' is damaged"):
+        store.read_shard(7)
+
+
+def test_wrong_input_is_named(store):
+    with pytest.raises(ValueError, match="unknown camera 'rgb_left'"):
+        store.read_frames("rgb_left", 0)
+    with pytest.raises(EpisodeStoreError, match="no shard 5"):
+        store.read_shard(5)
+    with pytest.raises(ValueError, match="cannot be written as JSON"):
+        store.write_shard(9, [make_episode(0, score=float("nan"))])
+    wide = make_episode(0)
+    object.__setattr__(wide, "actions", wide.actions.astype(np.float64))
+    with pytest.raises(ValueError, match="actions is float64, expected float32"):
+        store.write_shard(9, [wide])
+    assert not store.has_shard(9)
