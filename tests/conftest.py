@@ -1,0 +1,21 @@
+"""Where the reference outputs of the original software are, for the tests that compare with them."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """The folder named by EMU3_VLA_REFERENCE; tests that need it are skipped where it is not given."""
+    folder = os.environ.get("EMU3_VLA_REFERENCE")
+    if not folder:
+        pytest.skip("EMU3_VLA_REFERENCE names no folder with the original software's recorded outputs")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def calvin_assets(reference) -> Path:
+    """calvin_env's own data folder."""
+    return reference / "calvin_data" / "data"
