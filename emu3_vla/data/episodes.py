@@ -228,6 +228,21 @@ def shard_indices(folder: Path) -> list[int]:
     return sorted(int(path.stem) for path in folder.glob("[0-9]*.zarr") if path.stem.isdigit())
 
 
+def split_shards(indices: Sequence[int], validation_fraction: float) -> tuple[list[int], list[int]]:
+    """Shards to train on and shards held out, spread evenly; the same indices and fraction give the same split.
+
+    At least one shard is held out unless the fraction is 0. Raises ValueError if nothing would be left to train on.
+    """
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(f"validation_fraction is {validation_fraction}, expected at least 0 and below 1")
+    count = math.ceil(validation_fraction * len(indices))
+    if len(indices) <= count:
+        raise ValueError(f"{len(indices)} shards, of which {count} would be held out, leave none to train on; collect more")
+    places = np.linspace(0, len(indices) - 1, 2 * count + 1).round().astype(int)[1::2]
+    held_out = {indices[place] for place in places}
+    return [index for index in indices if index not in held_out], sorted(held_out)
+
+
 def write_shard_atomic(target: Path, columns: dict[str, np.ndarray], attributes: dict[str, Any]) -> None:
     """Write arrays and attributes as one Zarr group at `target`: under a hidden name, then renamed."""
     temporary = target.with_name(f".{target.name}.tmp")

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from emu3_vla.data.episodes import EpisodeStore, EpisodeStoreError
+from emu3_vla.data.episodes import EpisodeStore, EpisodeStoreError, split_shards
 from envs.spec import Episode
 
 ARRAYS = ("actions", "robot_obs", "scene_obs", "imitate", "frame_step", "rgb_static", "rgb_gripper")
@@ -146,3 +146,17 @@ def test_wrong_input_is_named(store):
     with pytest.raises(ValueError, match="actions is float64, expected float32"):
         store.write_shard(9, [wide])
     assert not store.has_shard(9)
+
+
+def test_split_is_even_deterministic_and_never_empty():
+    train, held_out = split_shards(range(20), 0.1)
+    assert held_out == [5, 14] and sorted(train + held_out) == list(range(20))
+    assert split_shards([3, 9], 0.1) == ([9], [3]) or split_shards([3, 9], 0.1) == ([3], [9])
+    assert split_shards([3, 9], 0) == ([3, 9], [])
+    for count in range(2, 40):
+        train, held_out = split_shards(range(count), 0.3)
+        assert len(set(held_out)) == len(held_out) == -(-3 * count // 10) and train
+    with pytest.raises(ValueError, match="leave none to train on"):
+        split_shards([0], 0.1)
+    with pytest.raises(ValueError, match="validation_fraction is 1"):
+        split_shards([0, 1], 1)

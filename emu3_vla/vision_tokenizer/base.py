@@ -1,0 +1,192 @@
+"""What every vision tokenizer is: pixels to a grid of codes from one codebook, and back.
+
+    tokenizer = VisionTokenizer.from_pretrained(folder)     # config.json says which kind it is
+    codes = tokenizer.encode(pixels)                        # (B, 3, H, W) -> (B, H / 8, W / 8)
+
+Axes: B batch, T time (pixels), t time (codes), H W rows and columns of pixels, h w rows and columns of codes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from emu3_vla.vision_tokenizer.images import to_pixels
+
+KINDS = {"light": ("emu3_vla.vision_tokenizer.light", "LightTokenizer")}
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+
+# Resizing and arithmetic may leave the range by rounding; more than this is another scaling, such as [0, 255].
+RANGE_TOLERANCE = 1e-2
+
+
+class VisionTokenizerError(ValueError):
+    """A tokenizer folder that is missing, damaged or of an unknown kind, or input that is not what it reads."""
+
+
+class VisionTokenizer(nn.Module):
+    """Base of the kinds. A kind fills in `from_config`, `config_dict`, `_encode_frames` and `_decode_frames`.
+
+    kind: its name in config.json. codebook_size: number of codes. patch: pixels per code along a side.
+    image_sizes: camera name → side in pixels at which that camera's images are read.
+    """
+
+    kind: str
+    codebook_size: int
+    patch: int
+    image_sizes: dict[str, int]
+
+    # -- the contract
+
+    @torch.inference_mode()
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Codes of images or video.
+
+        pixels: float (B, 3, H, W) or (B, T, 3, H, W) in [-1, 1], H and W multiples of `patch`.
+        Returns int64 (B, h, w) or (B, t, h, w) in [0, codebook_size). Raises VisionTokenizerError.
+        """
+        self._check_pixels(pixels)
+        if pixels.ndim == 5:
+            return self._encode_video(pixels)
+        return self._encode_frames(pixels)
+
+    @torch.inference_mode()
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Pixels of codes: int64 (B, h, w) or (B, t, h, w) -> float32 (B, 3, H, W) or (B, T, 3, H, W), about [-1, 1]."""
+        self._check_codes(codes)
+        if codes.ndim == 4:
+            return self._decode_video(codes)
+        return self._decode_frames(codes)
+
+    def encode_camera(self, camera: str, images: np.ndarray) -> torch.Tensor:
+        """Codes of camera images: uint8 (B, H, W, 3) -> int64 (B, h, w), at the size that this camera was trained at."""
+        return self.encode(to_pixels(images, self.image_size(camera)).to(self.device))
+
+    def image_size(self, camera: str) -> int:
+        """Side in pixels at which `camera` is read. Raises VisionTokenizerError for a camera it was not trained on."""
+        if camera not in self.image_sizes:
+            raise VisionTokenizerError(
+                f"this vision tokenizer knows no camera {camera!r}; it was trained on {', '.join(sorted(self.image_sizes))}"
+            )
+        return self.image_sizes[camera]
+
+    def grid(self, camera: str) -> tuple[int, int]:
+        """Rows and columns of codes of one image of `camera`."""
+        side = self.image_size(camera) // self.patch
+        return side, side
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    # -- folders
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> VisionTokenizer:
+        """The tokenizer in `folder`, in evaluation mode, on the CPU. Raises FileNotFoundError or VisionTokenizerError."""
+        folder = Path(folder)
+        config = _read_config(folder)
+        kind = config.pop("kind", None)
+        if kind not in KINDS:
+            close = difflib.get_close_matches(str(kind), KINDS, n=1)
+            raise VisionTokenizerError(
+                f"{folder / CONFIG_FILE}: unknown kind {kind!r} of vision tokenizer"
+                + (f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(KINDS)}")
+            )
+        module, name = KINDS[kind]
+        tokenizer = getattr(importlib.import_module(module), name).from_config(config, where=str(folder / CONFIG_FILE))
+        _load_weights(tokenizer, folder / WEIGHTS_FILE)
+        return tokenizer.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors into `folder` (made if absent)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        (folder / CONFIG_FILE).write_text(json.dumps({"kind": self.kind} | self.config_dict(), indent=1) + "\n")
+
+    # -- what a kind fills in
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], *, where: str) -> VisionTokenizer:
+        """An untrained tokenizer of config.json's values (without `kind`); `where` names the file in errors."""
+        raise NotImplementedError
+
+    def config_dict(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _encode_frames(self, pixels: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _decode_frames(self, codes: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _encode_video(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Frame by frame, t = T, unless a kind does better."""
+        return self._encode_frames(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
+
+    def _decode_video(self, codes: torch.Tensor) -> torch.Tensor:
+        return self._decode_frames(codes.flatten(0, 1)).unflatten(0, codes.shape[:2])
+
+    # -- checks
+
+    def _check_pixels(self, pixels: torch.Tensor) -> None:
+        got = f"pixels are {pixels.dtype} of shape {tuple(pixels.shape)}"
+        if not pixels.is_floating_point():
+            raise VisionTokenizerError(f"{got}, expected floating point in [-1, 1]; images.to_pixels makes them of camera images")
+        if pixels.ndim not in (4, 5) or pixels.shape[-3] != 3:
+            raise VisionTokenizerError(f"{got}, expected images (B, 3, H, W) or video (B, T, 3, H, W)")
+        height, width = pixels.shape[-2:]
+        if height % self.patch or width % self.patch or not pixels.numel():
+            raise VisionTokenizerError(f"{got}, expected at least one image, H and W multiples of {self.patch}; resize it first")
+        low, high = pixels.min().item(), pixels.max().item()
+        if not (low >= -1 - RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):  # NaN fails every comparison
+            raise VisionTokenizerError(f"pixels lie in [{low:.3g}, {high:.3g}], expected [-1, 1] and no NaN; see images.to_pixels")
+
+    def _check_codes(self, codes: torch.Tensor) -> None:
+        got = f"codes are {codes.dtype} of shape {tuple(codes.shape)}"
+        if codes.is_floating_point() or codes.dtype == torch.bool or codes.ndim not in (3, 4) or not codes.numel():
+            raise VisionTokenizerError(f"{got}, expected at least one grid of integers (B, h, w) or (B, t, h, w)")
+        low, high = codes.min().item(), codes.max().item()
+        if low < 0 or high >= self.codebook_size:
+            raise VisionTokenizerError(f"codes lie in [{low}, {high}], expected [0, {self.codebook_size})")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no vision tokenizer: {CONFIG_FILE} is missing")
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise VisionTokenizerError(f"{path} is damaged or cut short: {error}") from error
+    if not isinstance(config, dict):
+        raise VisionTokenizerError(f"{path} holds {type(config).__name__}, expected a JSON object")
+    return config
+
+
+def _load_weights(tokenizer: nn.Module, path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} holds no weights of a vision tokenizer: {path.name} is missing")
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise VisionTokenizerError(f"{path} is damaged or cut short: {error}") from error
+    expected = {name: tuple(tensor.shape) for name, tensor in tokenizer.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if expected != found:
+        wrong = sorted(set(expected.items()) ^ set(found.items()))[0][0]
+        raise VisionTokenizerError(
+            f"{path} does not fit its {CONFIG_FILE}: {wrong} is {found.get(wrong, 'absent')}, expected {expected.get(wrong, 'absent')}"
+        )
+    tokenizer.load_state_dict(state)
