@@ -1,0 +1,123 @@
+"""One demonstration: the scripted expert does a task, is disturbed, recovers; what happened becomes an Episode.
+
+A disturbance is a burst of random actions. Its steps are recorded but marked as not to be imitated; what the expert does after it is the
+recovery that a policy needs to see. Frames are rendered every few steps, on a grid that starts anew after a disturbance, because that is
+when a policy that decides once per chunk would look.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from envs.calvin.env import CalvinEnv
+from envs.calvin.expert import ExpertPolicy
+from envs.calvin.tasks import completed_tasks
+from envs.spec import ACTION_DIM, GRIPPER_CLOSE, GRIPPER_OPEN, RGB_GRIPPER, RGB_STATIC, ROBOT_OBS, SCENE_OBS, Episode
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemonstrationConfig:
+    """How demonstrations are made."""
+
+    max_steps: int = 360
+    """Control steps after which an attempt counts as failed."""
+    frame_stride: int = 5
+    """A frame is rendered every so many steps; the policy's chunk must be a multiple of it."""
+    disturbance_probability: float = 0.5
+    """Share of episodes with a burst of random actions in them."""
+    disturbance_steps: tuple[int, int] = (4, 14)
+    """Shortest and longest burst."""
+    disturbance_window: tuple[int, int] = (4, 70)
+    """First and last step at which a burst may begin."""
+    gripper_flip_probability: float = 0.25
+    """Share of bursts that also open or close the gripper at random."""
+
+    def __post_init__(self):
+        if self.frame_stride < 1 or self.max_steps < 1:
+            raise ValueError(f"frame_stride={self.frame_stride} and max_steps={self.max_steps} must be at least 1")
+        if not 0 <= self.disturbance_probability <= 1:
+            raise ValueError(f"disturbance_probability={self.disturbance_probability} is outside [0, 1]")
+        for name in ("disturbance_steps", "disturbance_window"):
+            low, high = getattr(self, name)
+            if not 1 <= low <= high:
+                raise ValueError(f"{name}={[low, high]} must be two ascending numbers from 1")
+
+
+def demonstrate(
+    env: CalvinEnv,
+    expert: ExpertPolicy,
+    task: str,
+    instruction: str,
+    rng: np.random.Generator,
+    config: DemonstrationConfig,
+) -> Episode | None:
+    """Let the expert do `task` from the environment's present state; None if it did not within max_steps.
+
+    env: must be observe="on_demand" (images are rendered where frames are wanted). rng: draws the disturbance.
+    """
+    expert.reset(instruction, task=task)
+    burst = _Burst(rng, config)
+    start, observation = env.info(), env.state()
+    steps: dict[str, list] = {"actions": [], "robot_obs": [], "scene_obs": [], "imitate": []}
+    frames: dict[str, list] = {"frame_step": [], RGB_STATIC: [], RGB_GRIPPER: []}
+    next_frame = 0
+    for step in range(config.max_steps):
+        disturbed = burst.covers(step)
+        if burst.ends_at(step):
+            expert.reset(instruction, task=task)
+            next_frame = step
+        if step == next_frame:
+            images = env.observe()
+            frames["frame_step"].append(step)
+            for camera in (RGB_STATIC, RGB_GRIPPER):
+                frames[camera].append(images[camera])
+            next_frame += config.frame_stride
+        if disturbed:
+            action = burst.action(observation[ROBOT_OBS][-1])
+            expert.sense(observation)
+            expert.executed(action)
+        else:
+            action = expert.infer(observation)["actions"][0]
+        for key, value in (("actions", action), (ROBOT_OBS, observation[ROBOT_OBS]), (SCENE_OBS, observation[SCENE_OBS])):
+            steps[key].append(value)
+        steps["imitate"].append(not disturbed)
+        observation, _, _, _, info = env.step(action)
+        if completed_tasks(start, info, among=[task]):
+            return Episode(
+                task=task,
+                instruction=instruction,
+                actions=np.array(steps["actions"], dtype=np.float32),
+                robot_obs=np.array(steps[ROBOT_OBS]),
+                scene_obs=np.array(steps[SCENE_OBS]),
+                imitate=np.array(steps["imitate"]),
+                frame_step=np.array(frames["frame_step"], dtype=np.int64),
+                rgb_static=np.array(frames[RGB_STATIC]),
+                rgb_gripper=np.array(frames[RGB_GRIPPER]),
+            )
+    return None
+
+
+class _Burst:
+    """One burst of random actions: a drift in a random direction with noise on top."""
+
+    def __init__(self, rng: np.random.Generator, config: DemonstrationConfig):
+        self.rng = rng
+        happens = rng.random() < config.disturbance_probability
+        self.start = int(rng.integers(*config.disturbance_window, endpoint=True)) if happens else config.max_steps
+        self.end = self.start + int(rng.integers(*config.disturbance_steps, endpoint=True))
+        self.drift = rng.uniform(-1, 1, ACTION_DIM - 1) * np.array([1, 1, 0.7, 0.3, 0.3, 0.6])
+        self.flips = rng.random() < config.gripper_flip_probability
+        self.gripper = float(rng.choice([GRIPPER_CLOSE, GRIPPER_OPEN]))
+
+    def covers(self, step: int) -> bool:
+        return self.start <= step < self.end
+
+    def ends_at(self, step: int) -> bool:
+        return step == self.end
+
+    def action(self, last_gripper: float) -> np.ndarray:
+        """float32 (7,) for one disturbed step."""
+        motion = np.clip(self.drift + self.rng.normal(0, 0.3, ACTION_DIM - 1), -1, 1)
+        return np.r_[motion, self.gripper if self.flips else last_gripper].astype(np.float32)
