@@ -1,0 +1,133 @@
+"""Ids to characters, strictly or leniently, many chunks at a time.
+
+Strict reading trusts nothing: ids must exist, their bytes must be UTF-8 that ends where the list ends, and each list must hold exactly
+the wanted number of characters.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from action_tokenizer.errors import ActionTokenizerError, MalformedActionTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repairs:
+    """What lenient decoding did, over the whole batch.
+
+    malformed: lists that needed any repair. padded, cut: coefficients added as 0, and left out at the end. unreadable: stretches of
+    bytes that were no character. unknown: ids outside the vocabulary.
+    """
+
+    chunks: int
+    malformed: int
+    padded: int
+    cut: int
+    unreadable: int
+    unknown: int
+
+
+class TokenTable:
+    """The bytes of every id."""
+
+    def __init__(self, token_bytes: list[bytes]):
+        self._lookup = dict(enumerate(token_bytes))
+
+    def code_points(self, ids: Sequence[Sequence[int]], *, expected: int) -> np.ndarray:
+        """Code points of all lists, one after another: uint32 (N * expected,). Raises MalformedActionTokens."""
+        texts = self._join(ids, expected)
+        try:
+            points = np.frombuffer(b"".join(texts).decode("utf-8").encode("utf-32-le"), dtype="<u4")
+        except UnicodeDecodeError:
+            points = None
+        if points is None or not _each_holds(texts, expected):
+            self._explain(ids, expected)
+        return points
+
+    def code_points_lenient(self, ids: Sequence[Sequence[int]], *, expected: int, fill: int) -> tuple[np.ndarray, Repairs]:
+        """Code points as `code_points` gives them, each list mended to `expected`; and what that took."""
+        rows, counts = [], np.zeros(5, np.int64)
+        for chunk in _lists(ids):
+            known = [index for index in chunk if index in self._lookup]
+            points, unreadable = _readable(b"".join(self._lookup[index] for index in known))
+            padded, cut = max(0, expected - len(points)), max(0, len(points) - expected)
+            repair = np.array([padded, cut, unreadable, len(chunk) - len(known)])
+            counts += [int(repair.any()), *repair]
+            rows.append(np.concatenate([points[:expected], np.full(padded, fill, "<u4")]))
+        malformed, padded, cut, unreadable, unknown = (int(count) for count in counts)
+        repairs = Repairs(
+            chunks=len(rows), malformed=malformed, padded=padded, cut=cut, unreadable=unreadable, unknown=unknown
+        )
+        return np.concatenate(rows), repairs
+
+    def _join(self, ids: Sequence[Sequence[int]], expected: int) -> list[bytes]:
+        """The bytes of each list."""
+        lookup = self._lookup.__getitem__
+        try:
+            return [b"".join(map(lookup, row)) for row in _lists(ids)]
+        except KeyError:
+            self._explain(ids, expected)
+
+    def _explain(self, ids: Sequence[Sequence[int]], expected: int) -> None:
+        """Find the first fault and raise MalformedActionTokens for it."""
+        for chunk, row in enumerate(_lists(ids)):
+            self._explain_chunk(chunk, row, expected)
+        raise AssertionError("a batch was refused but every chunk of it is well formed")
+
+    def _explain_chunk(self, chunk: int, row: Sequence[int], expected: int) -> None:
+        reader, count = codecs.getincrementaldecoder("utf-8")(), 0
+
+        def fault(position: int, what: str):
+            raise MalformedActionTokens(
+                f"chunk {chunk}, position {position}: {what}; expected {expected} coefficients, {count} read before",
+                chunk=chunk, position=position, expected=expected, actual=count,
+            )  # fmt: skip
+
+        for position, index in enumerate(row):
+            if index not in self._lookup:
+                fault(position, f"id {index} is not in the vocabulary of {len(self._lookup)}")
+            try:
+                held = len(reader.decode(self._lookup[index]))
+            except UnicodeDecodeError:
+                fault(position, f"id {index} does not go on with the half character before it, or starts with such a half")
+            if count + held > expected:
+                fault(position, f"id {index} holds {held} coefficients where {expected - count} are owed")
+            count += held
+        if reader.getstate()[0]:
+            fault(len(row), "the list ends within a character")
+        if count < expected:
+            fault(len(row), f"the list ends {expected - count} coefficients too early")
+
+
+def _lists(ids: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    """`ids` as a list of sequences of integers. Raises ActionTokenizerError for an empty batch or a bare list of ids."""
+    if len(ids) == 0:
+        raise ActionTokenizerError("no lists of ids to decode; leave empty batches out")
+    bare = next((row for row in ids if not hasattr(row, "__len__") or np.ndim(row) > 1), None)
+    if bare is not None:
+        raise ActionTokenizerError(f"expected a list of lists of ids, one list a chunk, but one of them is {bare!r}")
+    return [row.tolist() if isinstance(row, np.ndarray) else row for row in ids]
+
+
+def _each_holds(texts: list[bytes], expected: int) -> bool:
+    """Whether each text has `expected` characters and begins with a whole one; their concatenation is known to be valid UTF-8."""
+    flat = np.frombuffer(b"".join(texts), np.uint8)
+    ends = np.cumsum([len(text) for text in texts])
+    starts_character = np.concatenate([[0], np.cumsum((flat & 0xC0) != 0x80)])
+    begins = np.concatenate([[0], ends[:-1]])
+    whole = (flat[begins[begins < len(flat)]] & 0xC0) != 0x80
+    return bool(whole.all() and (starts_character[ends] - starts_character[begins] == expected).all())
+
+
+def _readable(text: bytes) -> tuple[np.ndarray, int]:
+    """The characters of damaged UTF-8 as uint32, and the number of stretches that were none."""
+    characters = text.decode("utf-8", errors="surrogateescape").encode("utf-32-le", errors="surrogatepass")
+    points = np.frombuffer(characters, dtype="<u4")
+    # Undecodable bytes came through as surrogates, which valid UTF-8 cannot hold.
+    damaged = (points >= 0xD800) & (points < 0xE000)
+    stretches = int((np.diff(damaged.astype(np.int8), prepend=0) == 1).sum())
+    return points[~damaged], stretches
