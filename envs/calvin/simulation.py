@@ -8,8 +8,13 @@ Source: calvin_env 797142c and 1431a46, `robot/robot.py`, `robot/mixed_ik.py`, `
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
+from string import Template
 
 import numpy as np
 import pybullet as pb
@@ -32,6 +37,21 @@ NULL_SPACE_DOF = 9
 REST_POSE = [*scenes.NEUTRAL_JOINTS_RAD, FINGER_OPEN_M, FINGER_OPEN_M]
 PINNED, HEAD = "1431a46", "797142c"
 LOADING_SEED = 0
+
+
+@cache
+def _own_robot_urdf() -> str:
+    """Our Panda's URDF with its meshes named in full, in a folder that lasts as long as this process.
+
+    PyBullet searches for meshes only beside a URDF, and most of these come with its own data package.
+    """
+    folder = tempfile.mkdtemp(prefix="emu3-vla-panda-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    template = (scenes.OWN_ASSETS / scenes.ROBOT_URDF).read_text()
+    path = Path(folder) / "panda.urdf"
+    places = {"pybullet_data": pybullet_data.getDataPath(), "assets": str(scenes.OWN_ASSETS)}
+    path.write_text(Template(template).substitute(places))
+    return str(path)
 
 
 class Simulation:
@@ -63,7 +83,7 @@ class Simulation:
         pb.resetSimulation(**client)
         pb.setPhysicsEngineParameter(deterministicOverlappingPairs=1, **client)
         pb.setTimeStep(1.0 / PHYSICS_HZ, **client)
-        pb.setAdditionalSearchPath(pybullet_data.getDataPath() if self.own_assets else str(self.folder), **client)
+        pb.setAdditionalSearchPath(str(self.folder), **client)
         pb.resetSimulation(**client)
         pb.setGravity(0, 0, -9.8, **client)
         self._load_robot()
@@ -85,7 +105,8 @@ class Simulation:
         return pb.loadURDF(str(self.folder / name), position, orientation, physicsClientId=self.client, **options)
 
     def _load_robot(self) -> None:
-        self.robot = self._urdf(scenes.ROBOT_URDF, scenes.ROBOT_BASE_POSITION, useFixedBase=True)
+        urdf = _own_robot_urdf() if self.own_assets else scenes.ROBOT_URDF
+        self.robot = self._urdf(urdf, scenes.ROBOT_BASE_POSITION, useFixedBase=True)
         x, y, height = scenes.ROBOT_BASE_POSITION
         cylinder = pb.createVisualShape(
             pb.GEOM_CYLINDER,
