@@ -16,7 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+from envs.calvin.scenes import GLOBAL_SCALING
 from envs.calvin.low_polygon import Mesh, box_shape, convex_mesh, hulls_obj, inertial, joint, link, mesh_shape, png, robot, wood_atlas
+from envs.calvin.robot_urdf import ASSETS, PYBULLET_DATA
 from envs.calvin.scenes import BLOCK_LENGTHS_M, OWN_ASSETS, ROBOT_URDF
 
 WHITE, BLACK, GRAY = (1, 1, 1, 1), (0.04, 0.04, 0.04, 1), (0.4, 0.4, 0.4, 1)
@@ -210,7 +212,7 @@ def _table_urdf(table: Table) -> str:
         joint("base__light", "fixed", "base_link", "light_link", (*table.light, 0.80981), UPRIGHT),
         # A link of its own because the tasks ask what lies on it. (PyBullet draws the collision shape of a link that has no visual.)
         link("plank_link", inertial(2.84375, (0, 0.0125, 0), (0.00740559895833334, 0, 0, 0.107381184895833, 0, 0.100271809895833)),
-             mesh_shape("visual", "../meshes/plank_link.obj", rgba=WHITE), *_boxes([PLANK_BOX])),
+             mesh_shape("visual", "../meshes/plank_link.obj", rgba=WHITE), *_boxes([PLANK_SOLID])),
         joint("base__plank", "fixed", "base_link", "plank_link", (table.plank, 0.1125, CAVITY_FLOOR), UPRIGHT),
     )  # fmt: skip
 
@@ -242,6 +244,9 @@ SWITCH_BOXES = [
     ((-0.05, 0.055, -0.03), (0.05, 0.08, 0.01)),
 ]
 PLANK_BOX = ((-0.325, 0, -0.0875), (0.325, 0.025, 0.0875))
+# The benchmark's chains put blocks 0.8 mm above the shelf and ask at once what they touch: the original's shelf is a mesh, whose collision
+# margin of 1 mm reaches up to them.
+PLANK_SOLID = (PLANK_BOX[0], (0.325, 0.025 + 0.001 / GLOBAL_SCALING, 0.0875))
 LED_BOX = ((-0.1, 0, -0.025), (0.1, 0.02, 0.025))
 
 
@@ -402,9 +407,6 @@ def _light_mesh(table: Table) -> Mesh:
 
 # -- robot
 
-# PyBullet looks for meshes beside the URDF only, so the loader fills these in (`simulation.py`): the Panda's own link meshes come with
-# the pybullet_data package and are not copied.
-PYBULLET_DATA, ASSETS = "${pybullet_data}", "${assets}"
 # Outer corners of the long fingers that CALVIN fits, (x, y, z) with x mirrored: a wedge that narrows to a thin tip.
 FINGER = [(s * x, y, z) for s in (-1, 1) for x, y, z in (
     (0.0104, 0.0062, 0.0003), (0.0104, 0.0269, 0.0003), (0.0104, 0.0216, 0.0342), (0.0087, 0.004, 0.065),
