@@ -83,7 +83,6 @@ class Simulation:
         pb.resetSimulation(**client)
         pb.setPhysicsEngineParameter(deterministicOverlappingPairs=1, **client)
         pb.setTimeStep(1.0 / PHYSICS_HZ, **client)
-        pb.setAdditionalSearchPath(str(self.folder), **client)
         pb.resetSimulation(**client)
         pb.setGravity(0, 0, -9.8, **client)
         self._load_robot()
