@@ -1,0 +1,115 @@
+"""What CALVIN's long-horizon protocol is, what an evaluation did, and where the two differ.
+
+Source: CALVIN (arXiv 2112.03227), LH-MTLC; mees/calvin calvin_models/calvin_agent/evaluation/evaluate_policy.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from envs.calvin.language import validation_instruction
+from envs.calvin.tasks import TASKS
+from eval.sequences import CHAIN_LENGTH, OFFICIAL_CHAINS, Chain, long_horizon_sequences
+
+MAX_STEPS = 360
+CALVINS_SENTENCES = "CALVIN's validation sentences (new_playtable_validation.yaml, first of each task)"
+OWN_SENTENCES = "emu3-vla's own validation sentences"
+CALVINS_ASSETS = "calvin_env data/"
+
+OFFICIAL: dict[str, Any] = {
+    "name": "CALVIN LH-MTLC",
+    "chains": OFFICIAL_CHAINS,
+    "subtasks_per_chain": CHAIN_LENGTH,
+    "max_steps": MAX_STEPS,
+    "tasks": len(TASKS),
+    "scene": "D",
+    "assets": CALVINS_ASSETS,
+    "calvin_env": "1431a46",
+    "instructions": CALVINS_SENTENCES,
+    "control_hz": 30,
+    "reset_between_subtasks": False,
+    "success": "the first step on which the task oracle reports the subtask",
+}
+
+
+def used_protocol(
+    *, chains: int, max_steps: int, tasks: int, scene: str, own_assets: bool, version: str, own_sentences: bool
+) -> dict[str, Any]:
+    """The protocol as an evaluation followed it: the fields of OFFICIAL with what was used instead."""
+    return OFFICIAL | {
+        "chains": chains,
+        "max_steps": max_steps,
+        "tasks": tasks,
+        "scene": scene,
+        "assets": "emu3-vla's own low-polygon assets" if own_assets else CALVINS_ASSETS,
+        "calvin_env": version,
+        "instructions": OWN_SENTENCES if own_sentences else CALVINS_SENTENCES,
+    }
+
+
+_WORDING = {
+    "chains": "the first {used} of the {official} chains",
+    "max_steps": "{used} steps a subtask for {official}",
+    "tasks": "only chains of {used} chosen tasks for all {official}",
+    "scene": "scene {used} for {official}",
+    "assets": "{used} for those of {official}",
+    "calvin_env": "calvin_env {used} for {official}",
+    "instructions": "{used} for {official}",
+}
+
+
+def deviations(used: dict[str, Any], errors: int = 0) -> list[str]:
+    """Each difference from the official protocol in words; empty when there is none. errors: chains left out because they broke."""
+    found = [
+        _WORDING[key].format(used=used[key], official=official) for key, official in OFFICIAL.items() if used[key] != official
+    ]
+    if errors:
+        found.append(f"{errors} chain{'s' if errors > 1 else ''} broke by an error and {'are' if errors > 1 else 'is'} left out")
+    return found
+
+
+def select_chains(number: int, tasks: Sequence[str] = ()) -> list[tuple[int, Chain]]:
+    """The chains to run: (official index, chain).
+
+    Without `tasks` the first `number` of the 1000; with them the first `number` of those among the 1000 whose five subtasks are all in
+    `tasks` (chains are left out, never cut). Raises ValueError where there are not that many, or for an unknown task.
+    """
+    unknown = sorted(set(tasks) - set(TASKS))
+    if unknown:
+        raise ValueError(f"unknown task {unknown[0]!r}; the tasks are {', '.join(TASKS)}")
+    if not tasks:
+        return list(enumerate(long_horizon_sequences(number)))
+    if number < 1:
+        raise ValueError(f"number of chains is {number}, expected at least 1")
+    allowed = set(tasks)
+    chains = [(index, chain) for index, chain in enumerate(long_horizon_sequences()) if allowed.issuperset(chain[1])]
+    if len(chains) < number:
+        raise ValueError(f"only {len(chains)} of the {OFFICIAL_CHAINS} chains consist of those {len(allowed)} tasks; {number} were asked for")
+    return chains[:number]
+
+
+def load_instructions(annotations: str | Path = "") -> dict[str, str]:
+    """Task → the sentence that the evaluation speaks.
+
+    annotations: CALVIN's new_playtable_validation.yaml, of which the first sentence of each task is taken; empty for our own.
+    Raises ValueError for a file that does not hold a sentence for each of the 34 tasks.
+    """
+    if not annotations:
+        return {task: validation_instruction(task) for task in TASKS}
+    path = Path(annotations)
+    if not path.is_file():
+        raise ValueError(f"no annotations file {path}; expected CALVIN's new_playtable_validation.yaml")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected task names with lists of sentences")
+    missing = [task for task in TASKS if not content.get(task) or not str(content[task][0]).strip()]
+    if missing:
+        raise ValueError(f"{path} has no sentence for {missing[0]}" + (f" and {len(missing) - 1} more tasks" if missing[1:] else ""))
+    return {task: str(content[task][0]) for task in TASKS}
