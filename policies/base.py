@@ -11,6 +11,9 @@ import numpy as np
 class Policy(Protocol):
     """Something that acts.
 
+    A policy may also have `begin_chain()`, which is called before the first subtask after the arm was put elsewhere: a policy that carries
+    a belief about the arm from one subtask to the next drops it there. Chains must not depend on those that ran before them.
+
     requires: the observation keys that `infer` reads (see envs.spec.OBSERVATION); images are rendered only for a policy that
     asks for them. name: what results and recordings call it.
     """

@@ -37,6 +37,7 @@ OBSERVE_MODES = ("always", "on_demand")
 ACTION_SPACES = ("relative", "absolute", "joint")
 VERSIONS = (PINNED, HEAD)
 SUBSTEPS = PHYSICS_HZ // CONTROL_HZ
+RENDERER = "PyBullet TinyRenderer (CPU)"
 
 
 class CalvinEnv(gymnasium.Env):
@@ -83,7 +84,7 @@ class CalvinEnv(gymnasium.Env):
     @property
     def renderer(self) -> str:
         """What draws the images, for results."""
-        return "PyBullet TinyRenderer (CPU)"
+        return RENDERER
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
         """Start over, in the state of a fresh process whatever was simulated before.

@@ -91,6 +91,10 @@ class ExpertPolicy:
         self.task = check_task(task)
         self.plan: Actions | None = None
 
+    def begin_chain(self) -> None:
+        """Forget where the arm was sent: it has been put elsewhere."""
+        self.target = None
+
     def infer(self, observation: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One action: {"actions": float32 (1, 7)}."""
         if self.task is None:
