@@ -14,19 +14,20 @@ from emu3_vla.vision_tokenizer.light import LightTokenizer
 AVERAGES = ("counts", "sums")
 
 
-def save_state(path: Path, tokenizer: LightTokenizer, optimizer: torch.optim.Optimizer, step: int) -> None:
+def save_state(path: Path, tokenizer: LightTokenizer, optimizers: list[torch.optim.Optimizer], step: int) -> None:
     """Write the state after `step` steps beside `path`, then rename it into place."""
     tensors = {f"model.{name}": tensor for name, tensor in tokenizer.state_dict().items()}
     tensors |= {f"codebook.{name}": getattr(tokenizer.codebook, name) for name in AVERAGES}
-    for name, parameter in tokenizer.named_parameters():
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"optimizer.{name}.{key}"] = value
+    names = {id(parameter): name for name, parameter in tokenizer.named_parameters()}
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            tensors |= {f"optimizer.{names[id(parameter)]}.{key}": value for key, value in state.items()}
     temporary = path.with_name(f".{path.name}.tmp")
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary, metadata={"step": str(step)})
     temporary.replace(path)
 
 
-def load_state(path: Path, tokenizer: LightTokenizer, optimizer: torch.optim.Optimizer) -> int:
+def load_state(path: Path, tokenizer: LightTokenizer, optimizers: list[torch.optim.Optimizer]) -> int:
     """Restore what `save_state` wrote and return its step; 0, touching nothing, if there is no such file.
 
     Raises VisionTokenizerError for a damaged file.
@@ -42,14 +43,17 @@ def load_state(path: Path, tokenizer: LightTokenizer, optimizer: torch.optim.Opt
     tokenizer.load_state_dict(_below(tensors, "model."))
     for name in AVERAGES:
         getattr(tokenizer.codebook, name).copy_(tensors[f"codebook.{name}"])
-    for name, parameter in tokenizer.named_parameters():
-        state = _below(tensors, f"optimizer.{name}.")
-        # Moments must lie in memory as their parameter does, or the update rounds differently.
-        optimizer.state[parameter] = {
-            key: torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
-            for key, value in state.items()
-        }
+    names = {id(parameter): name for name, parameter in tokenizer.named_parameters()}
+    for optimizer in optimizers:
+        for parameter in optimizer.param_groups[0]["params"]:
+            state = _below(tensors, f"optimizer.{names[id(parameter)]}.")
+            optimizer.state[parameter] = {key: _laid_out_as(parameter, value) for key, value in state.items()}
     return step
+
+
+def _laid_out_as(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """A moment must lie in memory as its parameter does, or the update rounds differently; a scalar (the step) has no layout."""
+    return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
 
 
 def _below(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -28,9 +28,10 @@ from torch import nn
 from emu3_vla.data.episodes import EpisodeStore, split_shards, write_text_atomic
 from emu3_vla.vision_tokenizer.codebook import perplexity
 from emu3_vla.vision_tokenizer.frames import draw, load_frames
-from emu3_vla.vision_tokenizer.light import LightConfig, LightTokenizer
+from emu3_vla.vision_tokenizer.light import LightConfig, LightTokenizer, ResidualBlock
 from emu3_vla.vision_tokenizer.losses import LossConfig, median_image, reconstruction_loss
 from emu3_vla.vision_tokenizer.measure import Measurement, measure, save_pictures
+from emu3_vla.vision_tokenizer.muon import Muon
 from emu3_vla.vision_tokenizer.state import load_state, save_state
 
 PRECISIONS = ("bf16", "fp32")
@@ -45,7 +46,8 @@ class TrainTokenizerConfig:
     seed: int = 0
     steps: int = 4000
     batch_size: int = 16  # images of each camera a step
-    learning_rate: float = 2e-3  # highest; warmed up, then a cosine down to a fiftieth
+    learning_rate: float = 2e-3  # Adam's highest; warmed up, then a cosine down to a fiftieth
+    muon_learning_rate: float = 0.02  # the same for Muon, which has the residual blocks' kernels
     warmup_steps: int = 100
     gradient_clip: float = 1.0
     quantise_from: int = 200  # steps as a plain autoencoder before k-means places the codes
@@ -91,8 +93,8 @@ def main(config: TrainTokenizerConfig) -> None:
     medians = {camera: median_image(frames[:: max(1, len(frames) // 500)]) for camera, frames in train_frames.items()}
 
     tokenizer = LightTokenizer(config.model)
-    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    step = load_state(output / "state.safetensors", tokenizer, optimizer)
+    optimizers = build_optimizers(tokenizer, config)
+    step = load_state(output / "state.safetensors", tokenizer, optimizers)
     metrics = _open_metrics(output / "metrics.jsonl", step)
     console.print(f"{sum(p.numel() for p in tokenizer.parameters()) / 1e6:.2f} M parameters, from step {step} to {config.steps}")
 
@@ -103,37 +105,48 @@ def main(config: TrainTokenizerConfig) -> None:
             tokenizer.train()
             if step == config.quantise_from:
                 _place_codes(tokenizer, train_frames, config)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config)
-            figures = _step(tokenizer, optimizer, train_frames, medians, step, config)
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * schedule(step, config)
+            figures = _step(tokenizer, optimizers, train_frames, medians, step, config)
             step += 1
 
             rate = 2 * config.batch_size * (step - first) / (time.monotonic() - began)
             status = f"loss {figures['loss']:.4f}  {rate:.0f} images/s"
             progress.update(bar, completed=step, status=status)
             if step % 20 == 0:
-                metrics({"step": step, "images_per_s": round(rate, 1), "lr": learning_rate(step - 1, config)} | figures)
+                metrics({"step": step, "images_per_s": round(rate, 1), "schedule": schedule(step - 1, config)} | figures)
             if step % config.validate_every == 0 or step == config.steps:
                 measured = _validate(tokenizer, held_out, medians, step, config, output)
                 metrics({"step": step, "validation": {camera: vars(value) for camera, value in measured.items()}})
                 console.print(f"step {step}: " + "; ".join(f"{camera} {value}" for camera, value in measured.items()), soft_wrap=True)
             if step % config.checkpoint_every == 0 or step == config.steps:
-                save_state(output / "state.safetensors", tokenizer, optimizer, step)
+                save_state(output / "state.safetensors", tokenizer, optimizers, step)
 
     tokenizer.eval().save_pretrained(output / "vision_tokenizer")
     print(output / "vision_tokenizer")
 
 
-def learning_rate(step: int, config: TrainTokenizerConfig) -> float:
-    """Linear warm-up, then a cosine down to a fiftieth at the end."""
+def schedule(step: int, config: TrainTokenizerConfig) -> float:
+    """Factor of both learning rates: linear warm-up, then a cosine down to a fiftieth at the end."""
     warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
     cosine = 0.5 * (1 + math.cos(math.pi * step / config.steps))
-    return config.learning_rate * warm * (0.02 + 0.98 * cosine)
+    return warm * (0.02 + 0.98 * cosine)
+
+
+def build_optimizers(tokenizer: LightTokenizer, config: TrainTokenizerConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the residual blocks' kernels, Adam for what is left: first and last layers, changes of resolution, biases."""
+    kernels = [layer.weight for block in tokenizer.modules() if isinstance(block, ResidualBlock) for layer in block.children()]
+    inside = {id(kernel) for kernel in kernels}
+    rest = [parameter for parameter in tokenizer.parameters() if id(parameter) not in inside]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.Adam(rest, lr=config.learning_rate, betas=(0.9, 0.99))]
+    if kernels:
+        optimizers.append(Muon(kernels, lr=config.muon_learning_rate))
+    return optimizers
 
 
 def _step(
     tokenizer: LightTokenizer,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     frames: dict[str, torch.Tensor],
     medians: dict[str, torch.Tensor],
     step: int,
@@ -157,10 +170,11 @@ def _step(
     loss = sum(losses.values()) / len(losses) + config.loss.commitment * commitment
     if not torch.isfinite(loss):
         raise TrainingDiverged(f"loss is {loss.item()} at step {step}; lower learning_rate={config.learning_rate} and start afresh")
-    optimizer.zero_grad(set_to_none=True)
+    tokenizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(tokenizer.parameters(), config.gradient_clip)
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
 
     figures = {"loss": loss.item(), "commitment": commitment.item(), "gradient_norm": norm.item()}
     figures |= {f"loss_{camera}": value.item() for camera, value in losses.items()}

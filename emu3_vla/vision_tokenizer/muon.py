@@ -1,0 +1,52 @@
+"""Muon for convolutions: momentum whose singular values are all made one, so every direction of a layer learns at the same speed.
+
+Source: Keller Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024), with its quintic Newton-Schulz
+coefficients; a convolution's kernel (out, in, rows, columns) is taken as the matrix (out, in * rows * columns).
+"""
+
+from __future__ import annotations
+
+import torch
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+ITERATIONS = 5
+
+
+class Muon(torch.optim.Optimizer):
+    """Stochastic gradient descent with Nesterov momentum, orthogonalised. Parameters have two or more axes.
+
+    The update of a matrix (m, n) is scaled by sqrt(max(1, m / n)), so one learning rate serves every shape.
+    """
+
+    def __init__(self, parameters, lr: float, momentum: float = 0.95):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of every parameter that has a gradient."""
+        if closure is not None:
+            raise ValueError("Muon takes no closure; compute the gradients first")
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+                direction = parameter.grad.lerp(state["momentum"], group["momentum"])
+                matrix = direction.flatten(1)
+                scale = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
+                parameter.add_(orthogonalise(matrix).view_as(parameter), alpha=-group["lr"] * scale)
+
+
+def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix (m, n) with its singular values moved to about one (0.7 to 1.2), in bfloat16 inside. Zero stays zero."""
+    a, b, c = COEFFICIENTS
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = (matrix.mT if tall else matrix).bfloat16()
+    x = x / (x.norm() + 1e-7)
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(matrix.dtype)
