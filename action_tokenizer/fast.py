@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 
 from action_tokenizer import bytelevel, dct, files
 from action_tokenizer.detokenize import Repairs, TokenTable
+from action_tokenizer.encoding import ChunkEncoder
 from action_tokenizer.errors import ActionTokenizerError, CoefficientOutOfRange
 from action_tokenizer.grammar import ActionGrammar, byte_transitions
 
@@ -39,6 +40,7 @@ class FastTokenizer:
         self.scale, self.min_token = config.scale, config.min_token
         self.horizon, self.action_dim = config.horizon, config.action_dim
         self.vocab_size = bpe.get_vocab_size()
+        self._encoder = ChunkEncoder(bpe)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> FastTokenizer:
@@ -72,7 +74,7 @@ class FastTokenizer:
         """
         array_NTA = dct.check_chunks(chunks)
         coefficients_NTA = dct.quantize(array_NTA, self.scale)
-        return self._tokenize(self._code_points(coefficients_NTA, clip))
+        return self._encoder.encode(self._code_points(coefficients_NTA, clip).reshape(len(array_NTA), -1))
 
     def decode(self, ids: Sequence[Sequence[int]], *, horizon: int | None = None, action_dim: int | None = None) -> np.ndarray:
         """Actions of each list of ids: float64 (N, T, A).
@@ -151,12 +153,6 @@ class FastTokenizer:
             "actions, fit with a larger limit, or pass clip=True",
             chunk=chunk, step=step, dim=dim, value=value,
         )  # fmt: skip
-
-    def _tokenize(self, points_NTA: np.ndarray) -> list[list[int]]:
-        length = points_NTA[0].size
-        text = points_NTA.astype("<u4").tobytes().decode("utf-32-le")
-        pieces = [text[start : start + length] for start in range(0, len(text), length)]
-        return [encoding.ids for encoding in self._bpe.encode_batch_fast(pieces, add_special_tokens=False)]
 
     def _actions(self, code_points: np.ndarray, horizon: int, action_dim: int) -> np.ndarray:
         coefficients = code_points.astype(np.int64) + self.min_token

@@ -1,0 +1,228 @@
+"""Byte-pair encoding of many words in lockstep: the same ids as applying the merges one after another, found without doing so.
+
+A sequence of tokens is the encoding of its text exactly when every two neighbours, encoded together, stay those two. So a word is read
+from the left, longest token first, shortened until it may stand beside the token before it, and stepped back where nothing fits. Each
+pass takes one such step in every word at once.
+
+Source: the proof and the single-word algorithm are those of GitHub's rust-gems, crate `bpe` (`encode_via_backtracking`,
+`is_valid_token_pair`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+_NEVER = np.iinfo(np.int32).max
+_BASE = -1
+"""Rank of a token that no merge makes: a single byte."""
+_UNSEEN = -2
+
+
+class UnsuitableMerges(ValueError):
+    """A merge list outside the conditions of the proof; the caller encodes by applying merges."""
+
+
+class Merger:
+    """The merges of one vocabulary.
+
+    tokens: bytes of every id that encoding can emit, by id. merges: pairs of ids and the id they make, by rank.
+    Raises UnsuitableMerges.
+    """
+
+    def __init__(self, tokens: dict[int, bytes], merges: list[tuple[int, int, int]], vocab_size: int):
+        self._vocab_size = vocab_size
+        self._rank, self._left, self._right = _histories(tokens, merges, vocab_size)
+        live = {index: text for index, text in tokens.items() if self._rank[index] != _NEVER}
+        self._length = np.zeros(vocab_size + 1, np.int64)  # 0 for "no token", -1
+        self._length[list(live)] = [len(text) for text in live.values()]
+        self._shorter = _shorter(live, vocab_size)
+        self._trie = _Trie(live)
+        keys = np.array([left * vocab_size + right for left, right, _ in merges], np.int64)
+        order = np.argsort(keys, kind="stable")
+        self._pair_keys, self._pair_ranks = np.append(keys[order], np.iinfo(np.int64).max), np.append(order, _NEVER)
+        # By pair: the longest of the second token and its shorter ones that may stand behind the first. Behind nothing (V) all may.
+        self._fits = np.full((vocab_size + 1) * vocab_size, _UNSEEN, np.int16)
+        self._fits[vocab_size * vocab_size :] = np.arange(vocab_size)
+
+    def encode(self, text: bytes, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all words of `text`, one after another, and the positions in `text` at which their bytes start; both int (K,).
+
+        starts: int64 (W,), ascending, the first 0: where words start. Every byte must be in the vocabulary.
+        """
+        longest = self._trie.longest(np.frombuffer(text, np.uint8), starts)
+        end, position = np.append(starts[1:], len(text)), starts.copy()
+        blocked = np.zeros(len(text) + 1, bool)  # no encoding of the word so far ends there
+        token_at = np.full(len(text), -1, np.int64)  # the token that starts at a position, on the path so far
+        token_before = np.full(len(text) + 1, self._vocab_size, np.int64)  # the token that ends there; V at the start of a word
+        token, before = longest[position], token_before[position]
+        while len(position):
+            token = self._fitting(before, token)
+            stop = position + self._length[token]
+            taken = (token >= 0) & ~blocked[stop]
+            refused = np.flatnonzero(~taken)
+            token_at[position[taken]] = token[taken]
+            going = stop < end
+            if len(refused):
+                going |= ~taken
+            if not going.all():
+                position, end, token, before, stop, taken = (a[going] for a in (position, end, token, before, stop, taken))
+                refused = np.flatnonzero(~taken)
+            # Words that took a token go on behind it, with the longest token there.
+            kept = position[refused], token[refused], before[refused]
+            token_before[stop[taken]] = token[taken]
+            position, before, token = stop, token, longest[stop]
+            position[refused], token[refused], before[refused] = kept
+            self._retreat(refused, position, token, before, blocked, token_at, token_before)
+        starts_token = np.flatnonzero(token_at >= 0)
+        return token_at[starts_token], starts_token
+
+    def _retreat(self, refused, position, token, before, blocked, token_at, token_before) -> None:
+        """Replace tokens that end at a blocked position by shorter ones; where none is left, give up the token before. In place."""
+        shorter = np.where(token[refused] >= 0, self._shorter[token[refused]], -1)
+        token[refused] = shorter
+        stuck = refused[shorter < 0]
+        if len(stuck):
+            blocked[position[stuck]] = True
+            token[stuck] = before[stuck]
+            position[stuck] -= self._length[before[stuck]]
+            token_at[position[stuck]] = -1
+            before[stuck] = token_before[position[stuck]]
+
+    def _fitting(self, before: np.ndarray, token: np.ndarray) -> np.ndarray:
+        """The longest of `token` and its shorter ones that may follow `before` (V: nothing), or -1. All int64 (K,)."""
+        pairs = before * self._vocab_size + token
+        fitting = self._fits.take(pairs)
+        if fitting.min() == _UNSEEN:
+            self._learn(np.unique(pairs[fitting == _UNSEEN]))
+            fitting = self._fits.take(pairs)
+        return fitting.astype(np.int64)
+
+    def _learn(self, pairs: np.ndarray) -> None:
+        """Fill in `_fits` for distinct pairs: the token itself where it stays, else what fits among the shorter ones."""
+        waiting = []
+        while len(pairs):
+            before, token = np.divmod(pairs, self._vocab_size)
+            stays = self._stays(before, token)
+            self._fits[pairs[stays]] = token[stays]
+            pairs, before, shorter = pairs[~stays], before[~stays], self._shorter[token[~stays]]
+            self._fits[pairs[shorter < 0]] = -1
+            pairs, before, shorter = (array[shorter >= 0] for array in (pairs, before, shorter))
+            waiting.append((pairs, before * self._vocab_size + shorter))
+            pairs = np.unique(waiting[-1][1])
+            pairs = pairs[self._fits[pairs] == _UNSEEN]
+        for pairs, onto in reversed(waiting):
+            self._fits[pairs] = self._fits[onto]
+
+    def _stays(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        """Whether two tokens, encoded together, stay as they are: undo their merges, last first, and see whether one across the
+        border would have come before. int64 (K,) each to bool (K,)."""
+        stays, index = np.ones(len(first), bool), np.arange(len(first))
+        limit = np.full(len(first), _NEVER, np.int64)
+        while len(index):
+            pairs = first * self._vocab_size + second
+            found = np.searchsorted(self._pair_keys, pairs)
+            across = np.where(self._pair_keys[found] == pairs, self._pair_ranks[found], _NEVER)
+            stays[index[across < limit]] = False
+            rank_first, rank_second = self._rank[first], self._rank[second]
+            undo_first = rank_first > rank_second
+            # Of two equal merges the left one is made first, so a border merge of equal rank beats one inside the second token.
+            limit = np.where(undo_first, rank_first, rank_second + 1)
+            open_ = stays[index] & ((rank_first != _BASE) | (rank_second != _BASE))
+            first = np.where(undo_first, self._right[first], first)[open_]
+            second = np.where(undo_first, second, self._left[second])[open_]
+            index, limit = index[open_], limit[open_]
+        return stays
+
+
+class _Trie:
+    """All tokens by their bytes, for finding the longest at every position of a text."""
+
+    def __init__(self, tokens: dict[int, bytes]):
+        used = sorted({byte for text in tokens.values() for byte in text})
+        self._symbol = np.zeros(256, np.int64)
+        self._symbol[used] = np.arange(len(used))
+        children: list[dict[int, int]] = [{}]
+        token_of = [-1]
+        for index, text in tokens.items():
+            node = 0
+            for byte in text:
+                if byte not in children[node]:
+                    children[node][byte] = len(children)
+                    children.append({})
+                    token_of.append(-1)
+                node = children[node][byte]
+            token_of[node] = index
+        # One column more than symbols: the start of another word, behind which no token goes on. Nodes are named by the place
+        # of their row in the flat table, 0 being both the root and "none", since nothing leads back to the root.
+        self._width = len(used) + 1
+        self._next = np.zeros(len(children) * self._width, np.int64)
+        self._longest = np.full(len(children), -1, np.int64)
+        for node, following in enumerate(children):  # parents come before their children
+            self._longest[node] = token_of[node] if token_of[node] >= 0 else self._longest[node]
+            for byte, child in following.items():
+                self._next[node * self._width + self._symbol[byte]] = child * self._width
+                self._longest[child] = self._longest[node]
+
+    def longest(self, text: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """The longest token from each position to within its word: uint8 (L,) to int64 (L,)."""
+        symbols = self._symbol[text]
+        onward = np.full(len(text) + 1, self._width - 1)
+        onward[:-1] = symbols
+        onward[starts] = self._width - 1
+        position, node = np.arange(len(text)), self._next.take(symbols)
+        last = np.empty_like(position)
+        while len(position):
+            onward = onward[1:]
+            following = self._next.take(node + onward.take(position))
+            alive, ended = following.nonzero()[0], np.flatnonzero(following == 0)
+            last[position.take(ended)] = node.take(ended)
+            position, node = position.take(alive), following.take(alive)
+        return self._longest.take(last // self._width)
+
+
+def _shorter(tokens: dict[int, bytes], vocab_size: int) -> np.ndarray:
+    """For each token the longest other one that it begins with, or -1: int64 (V,)."""
+    by_text = {text: index for index, text in tokens.items()}
+    shorter = np.full(vocab_size, -1, np.int64)
+    for index, text in tokens.items():
+        prefixes = (by_text.get(text[:length], -1) for length in range(len(text) - 1, 0, -1))
+        shorter[index] = next((prefix for prefix in prefixes if prefix >= 0), -1)
+    return shorter
+
+
+def _histories(
+    tokens: dict[int, bytes], merges: list[tuple[int, int, int]], vocab_size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rank, left and right part of the merge that makes each token: int64 (V,) each.
+
+    Rank _BASE: a single byte. _NEVER: encoding never gives this token. Raises UnsuitableMerges where a merge uses a token that only a
+    later one makes.
+    """
+    rank, left, right = [_NEVER] * vocab_size, [0] * vocab_size, [0] * vocab_size
+    for index, text in tokens.items():
+        if len(text) == 1:
+            rank[index] = _BASE
+    rank_of = {(first, second): number for number, (first, second, _) in enumerate(merges)}
+    skipped = set()
+    for number, (first, second, made) in enumerate(merges):
+        if _NEVER in (rank[first], rank[second]):
+            skipped |= {token for token in (first, second) if rank[token] == _NEVER}
+        # Of two merges that make the same text, the one that its own encoding takes leaves the other nothing to merge.
+        elif rank[made] == _NEVER and _meet(first, second, number, rank_of, (rank, left, right)):
+            rank[made], left[made], right[made] = number, first, second
+    if any(rank[token] != _NEVER for token in skipped):
+        raise UnsuitableMerges("a merge uses a token that only a later merge makes")
+    return np.array(rank, np.int64), np.array(left, np.int64), np.array(right, np.int64)
+
+
+def _meet(first: int, second: int, limit: int, rank_of: dict[tuple[int, int], int], histories) -> bool:
+    """Whether two tokens come to stand side by side before merge `limit`: `Merger._stays` for one pair, from a given limit on."""
+    rank, left, right = histories
+    while rank_of.get((first, second), _NEVER) >= limit:
+        if rank[first] == rank[second] == _BASE:
+            return True
+        if rank[first] > rank[second]:
+            limit, first = rank[first], right[first]
+        else:
+            limit, second = rank[second] + 1, left[second]
+    return False
