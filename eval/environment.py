@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,12 +38,39 @@ class EnvConfig:
 
     def make(self) -> CalvinEnv:
         """A simulator that renders only when asked to."""
-        from envs.calvin import CalvinEnv
+        with _quiet_import():
+            from envs.calvin.env import CalvinEnv
 
         return CalvinEnv(scene=self.scene, assets=self.assets or None, observe="on_demand", version=self.version)
+
+
+def renderer() -> str:
+    """What draws the simulator's images."""
+    with _quiet_import():
+        from envs.calvin.env import RENDERER
+
+    return RENDERER
 
 
 def load_policy(name: str, env: EnvConfig) -> Policy:
     """The policy called `name`; a policy with privileged knowledge of the scene is told which one it is."""
     options: dict[str, Any] = {"scene": env.scene} if name == "expert" else {}
     return policies.load(name, **options)
+
+
+@contextmanager
+def _quiet_import() -> Iterator[None]:
+    """PyBullet prints its build time from C when it is imported, which breaks progress lines: standard output is away meanwhile."""
+    if "pybullet" in sys.modules:
+        yield
+        return
+    sys.stdout.flush()
+    saved, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)  # what C has buffered would come out later
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(nowhere)

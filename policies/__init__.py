@@ -2,6 +2,7 @@
 
     policy = policies.load("expert", scene="D")
     policy = policies.load("outputs/train/3f2a91c0/policy")
+    policy = policies.load("my_package.my_module:MyPolicy", speed=2)
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ BUILTIN = {
     "random": "policies.simple:RandomPolicy",
     "replay": "policies.simple:ReplayPolicy",
 }
+PLUG_IN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 CHECKPOINT_POLICY = "policies.emu3:Emu3Policy"
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 SHIPPED = "calvin-d"
@@ -32,16 +35,16 @@ CHECKPOINT_PARTS = ("policy.yaml", "model", "vision_tokenizer", "text_tokenizer"
 
 
 def load(folder_or_name: str | Path, **options: Any) -> Policy:
-    """A policy by name ("expert", "zero", "random", "replay", a shipped checkpoint) or from a checkpoint folder.
+    """A policy by name ("expert", "zero", "random", "replay", a shipped checkpoint), from a checkpoint folder, or "module:Class".
 
     options go to the policy's constructor. A name wins over a folder of the same name; write ./name for that folder.
-    Raises ValueError for an unknown name (with the nearest known one) or option, and for a folder that lacks a part of a checkpoint
-    (naming it).
+    Raises ValueError for an unknown name (with the nearest known one) or option, for a folder that lacks a part of a checkpoint
+    (naming it), and for a class that is not there.
     """
     name = str(folder_or_name)
     folder = checkpoint_folder(name)
     if folder is None:
-        constructor, arguments = _resolve(BUILTIN[name]), ()
+        constructor, arguments = _resolve(BUILTIN.get(name, name)), ()
     else:
         _check_parts(folder)
         constructor, arguments = _resolve(CHECKPOINT_POLICY), (folder,)
@@ -54,9 +57,9 @@ def load(folder_or_name: str | Path, **options: Any) -> Policy:
 
 
 def checkpoint_folder(folder_or_name: str | Path) -> Path | None:
-    """The folder that `load` would read, or None for a builtin policy. Raises ValueError for an unknown name."""
+    """The folder that `load` would read, or None for a policy that needs none. Raises ValueError for an unknown name."""
     name = str(folder_or_name)
-    if name in BUILTIN:
+    if name in BUILTIN or PLUG_IN.fullmatch(name):
         return None
     if (CHECKPOINTS / name / CHECKPOINT_PARTS[0]).is_file() and Path(name).name == name:
         return CHECKPOINTS / name
@@ -86,4 +89,11 @@ def _check_parts(folder: Path) -> None:
 
 def _resolve(dotted: str) -> Any:
     module, name = dotted.split(":")
-    return getattr(importlib.import_module(module), name)
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there; something that it needs is not
+        raise ValueError(f"policy {dotted!r}: no module {error.name!r} (is its folder on PYTHONPATH?)") from error
+    except AttributeError as error:
+        raise ValueError(f"policy {dotted!r}: {error}") from error

@@ -44,6 +44,14 @@ def test_unknown_name_names_the_nearest():
         policies.load("qqqqqqqq")
 
 
+def test_a_class_of_ones_own_loads_by_its_dotted_name():
+    assert isinstance(policies.load("policies.simple:RandomPolicy", chunk=3), RandomPolicy)
+    with pytest.raises(ValueError, match="no module 'no_such_module'"):
+        policies.load("no_such_module.inner:Policy")
+    with pytest.raises(ValueError, match="has no attribute 'Rondom'"):
+        policies.load("policies.simple:Rondom")
+
+
 def test_unknown_option_lists_the_options():
     with pytest.raises(ValueError, match="policy 'random': got an unexpected keyword argument 'chunks'; its options: chunk"):
         policies.load("random", chunks=3)
