@@ -47,11 +47,12 @@ class EvalOptions:
             if getattr(self, name) < least:
                 raise ValueError(f"eval.{name}={getattr(self, name)}, expected at least {least}")
         select_chains(self.num_sequences, self.tasks)
+        load_instructions(self.annotations)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Options of `emu3-vla eval`."""
+    """Options of `emu3-vla eval`. Wrong ones are refused here, before a folder is made or a worker started."""
 
     policy: str = policies.SHIPPED  # expert, zero, random, a shipped name, or a checkpoint folder
     env: EnvConfig = field(default_factory=EnvConfig)
@@ -62,13 +63,13 @@ class EvalConfig:
     def __post_init__(self):
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}, expected zero or more")
+        policies.checkpoint_folder(self.policy)
 
 
 def main(config: EvalConfig) -> None:
     """Run what is still to run, then write results.json and report.html. Exits with 1 where chains ended by an error."""
     from eval.report import write_report
 
-    policies.checkpoint_folder(config.policy)  # an unknown policy is said before anything starts
     folder = Path(config.output_dir)
     instructions = load_instructions(config.eval.annotations)
     chains = select_chains(config.eval.num_sequences, config.eval.tasks)
