@@ -14,14 +14,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from envs.calvin.scenes import GLOBAL_SCALING
-from envs.calvin.low_polygon import Mesh, box_shape, convex_mesh, hulls_obj, inertial, joint, link, mesh_shape, png, robot, wood_atlas
+from envs.calvin.low_polygon import Mesh, box_shape, convex_mesh, hulls_obj, inertial, joint, link, mesh_shape, robot, wood_atlas
 from envs.calvin.robot_urdf import ASSETS, PYBULLET_DATA
-from envs.calvin.scenes import BLOCK_LENGTHS_M, OWN_ASSETS, ROBOT_URDF
+from envs.calvin.scenes import BLOCK_LENGTHS_M, GLOBAL_SCALING, OWN_ASSETS, PLANE_URDF, ROBOT_URDF
 
-WHITE, BLACK, GRAY = (1, 1, 1, 1), (0.04, 0.04, 0.04, 1), (0.4, 0.4, 0.4, 1)
+WHITE, BLACK, GRAY, UNSEEN = (1, 1, 1, 1), (0.04, 0.04, 0.04, 1), (0.4, 0.4, 0.4, 1), (1, 1, 1, 0)
 UPRIGHT = (math.pi / 2, 0, 0)  # link frames stand: their y is the table's z, their z points towards the robot
 
 # What the four tables share.
@@ -97,8 +94,7 @@ TABLES = {
 
 def build() -> dict[str, bytes]:
     """Every file of the asset folder: relative path → content."""
-    files: dict[str, str | bytes] = {ROBOT_URDF: _panda(), "plane/plane.urdf": _plane(), "plane/plane.obj": PLANE_OBJ}
-    files |= {"plane/plane.mtl": "newmtl table\nmap_Kd checker.png\n", "plane/checker.png": _checker()}
+    files: dict[str, str | bytes] = {ROBOT_URDF: _panda(), PLANE_URDF: _plane()}
     files |= {f"franka_panda/meshes/{name}": text for name, text in _finger_meshes().items()}
     files |= {f"blocks/block_{block}.urdf": _block(block) for block in BLOCKS}
     for name, table in TABLES.items():
@@ -129,31 +125,12 @@ def _block(block: str) -> str:
     return robot(f"block_{colour}", link("base_link", contact, body, *shapes))
 
 
-PLANE_OBJ = """mtllib plane.mtl
-usemtl table
-v -6 -6 0
-v 6 -6 0
-v 6 6 0
-v -6 6 0
-vt 0 0
-vt 6 0
-vt 6 6
-vt 0 6
-f 1/1 2/2 3/3
-f 1/1 3/3 4/4
-"""
-
-
 def _plane() -> str:
+    """A floor to touch, not to see: covering most of an image, it would be the dearest thing to draw. Cameras fill in a backdrop."""
     contact = '<contact><lateral_friction value="1"/></contact>'
     body = inertial(0, (0, 0, 0), (0, 0, 0, 0, 0, 0))
-    collision = box_shape("collision", (-100, -100, -10), (100, 100, 0))
-    return robot("plane", link("planeLink", contact, body, mesh_shape("visual", "plane.obj", rgba=WHITE), collision))
-
-
-def _checker() -> bytes:
-    squares = np.array([[0, 1], [1, 0]], dtype=np.uint8)
-    return png(np.kron(squares, np.ones((8, 8), dtype=np.uint8)), [(236, 237, 240), (214, 216, 221)])
+    low, high = (-100, -100, -10), (100, 100, 0)
+    return robot("plane", link("planeLink", contact, body, box_shape("visual", low, high, UNSEEN), box_shape("collision", low, high)))
 
 
 # -- tables
