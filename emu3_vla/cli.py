@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0 if argv else 2
+    folder = None
     try:
         command, overrides = argv[0], argv[1:]
         target = _target(command)
@@ -51,9 +52,11 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         config = compose(command, overrides)
         if hasattr(config, "output_dir"):
-            config = dataclasses.replace(config, output_dir=str(claim_output_dir(command, config)))
+            folder = claim_output_dir(command, config)
+            config = dataclasses.replace(config, output_dir=str(folder))
         sys.modules[target.__module__].main(config)
     except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        release_output_dir(folder)
         if os.environ.get("EMU3_VLA_TRACEBACK"):
             raise
         print(f"emu3-vla: {error}", file=sys.stderr)
@@ -132,6 +135,13 @@ def claim_output_dir(command: str, config: Any) -> Path:
     temporary.write_text(text)
     temporary.rename(claim)
     return folder
+
+
+def release_output_dir(folder: Path | None) -> None:
+    """Give up a claim under which nothing was made, so that the corrected command may use the folder."""
+    if folder is not None and [path.name for path in folder.iterdir()] == ["run.json"]:
+        (folder / "run.json").unlink()
+        folder.rmdir()
 
 
 def nearest(name: str, known) -> str:
