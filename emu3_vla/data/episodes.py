@@ -124,17 +124,21 @@ class EpisodeStore:
         return list(self._group(index).attrs["episodes"])
 
     def read_shard(self, index: int) -> list[Episode]:
-        """All episodes of shard `index`, in the order they were written, as envs.spec.Episode. Raises EpisodeStoreError."""
-        group = self._group(index)
-        columns = {name: read_array(group, name, self.shard_path(index)) for name in STEP_ARRAYS | FRAME_ARRAYS}
+        """All episodes of shard `index`, in the order they were written. Raises EpisodeStoreError."""
+        columns = self.read_columns(index, (*STEP_ARRAYS, *FRAME_ARRAYS))
+        return [
+            Episode(task=record["task"], instruction=record["instruction"], info=dict(record["info"]), **arrays)
+            for record, arrays in zip(self.records(index), columns, strict=True)
+        ]
+
+    def read_columns(self, index: int, names: Sequence[str]) -> list[dict[str, np.ndarray]]:
+        """Only the arrays `names` (fields of envs.spec.Episode) of every episode of shard `index`. Raises EpisodeStoreError."""
+        group, path = self._group(index), self.shard_path(index)
+        columns = {name: read_array(group, name, path) for name in names}
         episodes, step, frame = [], 0, 0
         for record in group.attrs["episodes"]:
             steps, frames = slice(step, step + record["steps"]), slice(frame, frame + record["frames"])
-            arrays = {name: columns[name][steps] for name in STEP_ARRAYS}
-            arrays |= {name: columns[name][frames] for name in FRAME_ARRAYS}
-            episodes.append(
-                Episode(task=record["task"], instruction=record["instruction"], info=dict(record["info"]), **arrays)
-            )
+            episodes.append({name: columns[name][steps if name in STEP_ARRAYS else frames] for name in names})
             step, frame = steps.stop, frames.stop
         return episodes
 
