@@ -8,19 +8,15 @@ Source: calvin_env 797142c and 1431a46, `robot/robot.py`, `robot/mixed_ik.py`, `
 
 from __future__ import annotations
 
-import atexit
 import os
-import shutil
-import tempfile
-from functools import cache
 from pathlib import Path
-from string import Template
 
 import numpy as np
 import pybullet as pb
-import pybullet_data
 
 from envs.calvin import scenes
+from envs.calvin.layers import LayeredCamera, depth_in_m, draw, with_backdrop
+from envs.calvin.robot_urdf import robot_urdf
 from envs.calvin.scenes import Camera, Scene
 from envs.spec import MAX_RELATIVE_POSITION_M, MAX_RELATIVE_ROTATION_RAD, PHYSICS_HZ
 
@@ -37,21 +33,6 @@ NULL_SPACE_DOF = 9
 REST_POSE = [*scenes.NEUTRAL_JOINTS_RAD, FINGER_OPEN_M, FINGER_OPEN_M]
 PINNED, HEAD = "1431a46", "797142c"
 LOADING_SEED = 0
-
-
-@cache
-def _own_robot_urdf() -> str:
-    """Our Panda's URDF with its meshes named in full, in a folder that lasts as long as this process.
-
-    PyBullet searches for meshes only beside a URDF, and most of these come with its own data package.
-    """
-    folder = tempfile.mkdtemp(prefix="emu3-vla-panda-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    template = (scenes.OWN_ASSETS / scenes.ROBOT_URDF).read_text()
-    path = Path(folder) / "panda.urdf"
-    places = {"pybullet_data": pybullet_data.getDataPath(), "assets": str(scenes.OWN_ASSETS)}
-    path.write_text(Template(template).substitute(places))
-    return str(path)
 
 
 class Simulation:
@@ -95,6 +76,8 @@ class Simulation:
         self.body_names = {self.robot: "robot", self.pedestal: "pedestal", self.table: "table", self.plane: "plane"} | {
             uid: name for name, uid in self.blocks.items()
         }
+        if self.own_assets:
+            self.layered_camera = self._layered_camera()
         self.gripper_command = 1
         self.button_on = self.button_was_pressed = self.switch_on = False
         self.lights = dict.fromkeys(scenes.LIGHT_LINKS, 0)
@@ -104,8 +87,7 @@ class Simulation:
         return pb.loadURDF(str(self.folder / name), position, orientation, physicsClientId=self.client, **options)
 
     def _load_robot(self) -> None:
-        urdf = _own_robot_urdf() if self.own_assets else scenes.ROBOT_URDF
-        self.robot = self._urdf(urdf, scenes.ROBOT_BASE_POSITION, useFixedBase=True)
+        self.robot = self._urdf(robot_urdf(self.folder, scenes.ROBOT_URDF), scenes.ROBOT_BASE_POSITION, useFixedBase=True)
         x, y, height = scenes.ROBOT_BASE_POSITION
         cylinder = pb.createVisualShape(
             pb.GEOM_CYLINDER,
@@ -360,6 +342,8 @@ class Simulation:
 
     def render_static(self) -> tuple[np.ndarray, np.ndarray]:
         """uint8 (200, 200, 3) and depth float64 (200, 200) [m] from the static camera."""
+        if self.own_assets:
+            return self.layered_camera.render(self._fixture_key())
         camera = scenes.STATIC_CAMERA
         return self._render(camera, pb.computeViewMatrix(camera.look_from, camera.look_at, camera.up))
 
@@ -372,14 +356,26 @@ class Simulation:
 
     def _render(self, camera: Camera, view: list[float]) -> tuple[np.ndarray, np.ndarray]:
         projection = pb.computeProjectionMatrixFOV(camera.fov_deg, camera.width / camera.height, camera.near_m, camera.far_m)
-        options = {"flags": pb.ER_NO_SEGMENTATION_MASK} if self.own_assets else {}
-        _, _, rgba, depth, _ = pb.getCameraImage(
-            camera.width, camera.height, view, projection, physicsClientId=self.client, renderer=pb.ER_TINY_RENDERER, **options
-        )
-        rgb = np.asarray(rgba, dtype=np.uint8).reshape(camera.height, camera.width, 4)[:, :, :3]
-        near, far = camera.near_m, camera.far_m
-        depth_m = far * near / (far - (far - near) * np.asarray(depth).reshape(camera.height, camera.width))
-        return np.ascontiguousarray(rgb), depth_m
+        if self.own_assets:
+            rgb, depth = with_backdrop(draw(self.client, camera.width, camera.height, view, projection))
+        else:
+            _, _, rgba, depth, _ = pb.getCameraImage(
+                camera.width, camera.height, view, projection, physicsClientId=self.client, renderer=pb.ER_TINY_RENDERER
+            )
+            rgb = np.ascontiguousarray(np.reshape(rgba, (camera.height, camera.width, 4))[:, :, :3])
+        return rgb, depth_in_m(np.reshape(depth, (camera.height, camera.width)), camera.near_m, camera.far_m)
+
+    def _layered_camera(self) -> LayeredCamera:
+        """The static camera of our own scenes: what moves and what does not, as (body, link)."""
+        table = {name: (self.table, link) for name, link in self.table_links.items()}
+        fixed = [table.pop("base_link"), table.pop("plank_link"), (self.pedestal, -1), (self.robot, -1)]
+        shapes = pb.getVisualShapeData(self.robot, physicsClientId=self.client)
+        movers = [(self.robot, shape[1]) for shape in shapes if shape[1] >= 0] + [(uid, -1) for uid in self.blocks.values()]
+        return LayeredCamera(self.client, scenes.STATIC_CAMERA, fixed, list(table.values()), list(dict.fromkeys(movers)))
+
+    def _fixture_key(self) -> tuple:
+        joints = (scenes.SLIDE, scenes.DRAWER, scenes.BUTTON, scenes.SWITCH)
+        return (*map(self.fixture, joints), *self.lights.values())
 
     # -- bodies, for drawing elsewhere
 
