@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from envs.calvin.low_polygon import Mesh, box_shape, convex_mesh, hulls_obj, inertial, joint, link, mesh_shape, robot, wood_atlas
+from envs.calvin.robot_urdf import ASSETS, PYBULLET_DATA
 from envs.calvin.scenes import BLOCK_LENGTHS_M, GLOBAL_SCALING, OWN_ASSETS, PLANE_URDF, ROBOT_URDF
 
 WHITE, BLACK, GRAY, UNSEEN = (1, 1, 1, 1), (0.04, 0.04, 0.04, 1), (0.4, 0.4, 0.4, 1), (1, 1, 1, 0)
@@ -383,9 +384,6 @@ def _light_mesh(table: Table) -> Mesh:
 
 # -- robot
 
-# The Panda's own link meshes come with the pybullet_data package and are not copied. PyBullet looks for meshes beside a URDF alone, so
-# whoever loads this one fills in the two folders first (`simulation.py`).
-PYBULLET_DATA, ASSETS = "${pybullet_data}", "${assets}"
 # Outer corners of the long fingers that CALVIN fits, (x, y, z) with x mirrored: a wedge that narrows to a thin tip.
 FINGER = [(s * x, y, z) for s in (-1, 1) for x, y, z in (
     (0.0104, 0.0062, 0.0003), (0.0104, 0.0269, 0.0003), (0.0104, 0.0216, 0.0342), (0.0087, 0.004, 0.065),
