@@ -1,0 +1,235 @@
+"""`emu3-vla tokenize`: an episode store into a token store.
+
+    emu3-vla tokenize episodes=outputs/collect/first vision_tokenizer=outputs/tokenizer/vision_tokenizer output_dir=outputs/tokens
+
+Action and text tokenizers that are not given are fitted on the episodes. Worker processes take a shard each; shards that are there are
+skipped, so the same command goes on after a kill.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from action_tokenizer import ActionNormalizer, FastTokenizer
+from emu3_vla.data.episodes import EpisodeStore
+from emu3_vla.data.tokens import (
+    ACTION,
+    MANIFEST,
+    NORMALIZER,
+    TEXT,
+    VISION,
+    TokenizedEpisode,
+    Tokenizers,
+    TokenStore,
+    content_hash,
+)
+from emu3_vla.text import TextTokenizer
+from envs.spec import ACTION_DIM, CAMERAS, RGB_GRIPPER, RGB_STATIC, Episode
+
+# One thread encodes this many frames fastest: more no longer fit the caches.
+ENCODE_BATCH = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizeConfig:
+    """Raises ValueError for values that cannot work."""
+
+    episodes: str  # folder of an episode store
+    vision_tokenizer: str  # folder, such as train-tokenizer leaves
+    output_dir: str = ""
+    action_tokenizer: str = ""  # folder of a FAST tokenizer; empty: fit on the episodes, with a normaliser
+    normalizer: str = ""  # normalizer.json that goes with action_tokenizer
+    text_tokenizer: str = ""  # folder; empty: fit on the store's wordings
+    horizon: int = 10  # control steps of a chunk
+    action_scale: float = 10.0  # of a fitted FAST: larger is finer and longer
+    action_vocab_size: int = 512
+    text_vocab_size: int = 512
+    workers: int = 2  # processes, one thread each
+
+    def __post_init__(self):
+        for name in ("horizon", "workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if bool(self.action_tokenizer) != bool(self.normalizer):
+            raise ValueError("action_tokenizer and normalizer belong together: give both, or neither to have both fitted")
+
+
+def main(config: TokenizeConfig) -> None:
+    """Write the missing shards of the token store in output_dir. Prints its folder."""
+    source = EpisodeStore.open(config.episodes)
+    store = _open_or_start(config, source)
+    missing = store.missing_shards()
+    columns = (
+        TextColumn("tokenize"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("shards · {task.fields[frames]} frames"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")  # for the workers
+    context = multiprocessing.get_context("spawn")
+    with Progress(*columns) as progress, context.Pool(max(1, min(config.workers, len(missing)))) as pool:
+        total = len(store.metadata["shards"])
+        bar = progress.add_task("", total=total, completed=total - len(missing), frames=0)
+        jobs = [(config.episodes, str(store.path), index) for index in missing]
+        for frames in pool.imap_unordered(_tokenize_shard, jobs):
+            progress.update(bar, advance=1, frames=progress.tasks[bar].fields["frames"] + frames)
+    print(store.path)
+
+
+def chunks_of(actions: np.ndarray, starts: np.ndarray, horizon: int) -> np.ndarray:
+    """Chunks (F, horizon, 7) of actions (T, 7) at steps `starts` (F,); past the end zero motion with the last gripper command."""
+    rest = np.zeros((horizon, actions.shape[1]), actions.dtype)
+    rest[:, -1] = actions[-1, -1]
+    return _windows(np.concatenate([actions, rest]), starts, horizon)
+
+
+def own_chunks(imitate: np.ndarray, starts: np.ndarray, horizon: int) -> np.ndarray:
+    """bool (F,): whether all actions of the chunk at each start are the demonstrator's own; the padding counts as own."""
+    return _windows(np.concatenate([imitate, np.ones(horizon, bool)]), starts, horizon).all(axis=1)
+
+
+def _windows(values: np.ndarray, starts: np.ndarray, horizon: int) -> np.ndarray:
+    return values[np.asarray(starts)[:, None] + np.arange(horizon)]
+
+
+def tokenize_episode(episode: Episode, shard: int, tokenizers: Tokenizers, horizon: int) -> TokenizedEpisode:
+    """All frames of one episode and the chunk that begins at each."""
+    chunks = tokenizers.normalizer.normalize(chunks_of(episode.actions, episode.frame_step, horizon))
+    return TokenizedEpisode(
+        task=episode.task,
+        instruction=episode.instruction,
+        shard=shard,
+        static_codes=_codes(tokenizers, RGB_STATIC, episode.rgb_static),
+        gripper_codes=_codes(tokenizers, RGB_GRIPPER, episode.rgb_gripper),
+        frame_step=episode.frame_step,
+        action_ids=tokenizers.action.encode(chunks) if len(chunks) else [],
+        chunk_imitate=own_chunks(episode.imitate, episode.frame_step, horizon),
+    )
+
+
+def _codes(tokenizers: Tokenizers, camera: str, images: np.ndarray) -> np.ndarray:
+    """Codes of (F, H, W, 3) images: uint16 (F, h, w)."""
+    codes = np.zeros((len(images), *tokenizers.vision.grid(camera)), np.uint16)
+    for start in range(0, len(images), ENCODE_BATCH):
+        rows = slice(start, start + ENCODE_BATCH)
+        codes[rows] = tokenizers.vision.encode_camera(camera, images[rows]).numpy()
+    return codes
+
+
+def _tokenize_shard(job: tuple[str, str, int]) -> int:
+    """Tokenize one shard; returns its number of frames."""
+    import torch
+
+    torch.set_num_threads(1)
+    episodes, output, index = job
+    store, tokenizers = _opened(output)
+    horizon = store.metadata["horizon"]
+    tokenized = [tokenize_episode(e, index, tokenizers, horizon) for e in EpisodeStore.open(episodes).read_shard(index)]
+    store.write_shard(index, tokenized)
+    return sum(len(episode.frame_step) for episode in tokenized)
+
+
+@cache  # once a worker, not once a shard
+def _opened(output: str) -> tuple[TokenStore, Tokenizers]:
+    store = TokenStore.open(output)
+    return store, store.tokenizers()
+
+
+def _open_or_start(config: TokenizeConfig, source: EpisodeStore) -> TokenStore:
+    """The store in output_dir: the one that is there if the same tokenizers wrote it, or a new one, tokenizers and all."""
+    output = Path(config.output_dir)
+    given = {VISION: config.vision_tokenizer, ACTION: config.action_tokenizer, TEXT: config.text_tokenizer}
+    given = {name: Path(path) for name, path in (given | {NORMALIZER: config.normalizer}).items() if path}
+    for name, path in given.items():
+        if not path.exists():
+            raise FileNotFoundError(f"{name.removesuffix('.json')}={path} does not exist")
+    if (output / MANIFEST).exists():
+        store = TokenStore.open(output)
+        store.require_hashes({name: content_hash(path) for name, path in given.items()}, "the one given now")
+        _require_same_shards(store, source)
+        return store
+    output.mkdir(parents=True, exist_ok=True)
+    for name, path in given.items():
+        _copy(path, output / name)
+    if ACTION not in given:
+        _fit_action_tokenizer(config, source, output)
+    if TEXT not in given:
+        TextTokenizer.fit(_wordings(source), vocab_size=config.text_vocab_size).save_pretrained(output / TEXT)
+    return TokenStore.create(output, _metadata(config, source, output))
+
+
+def _require_same_shards(store: TokenStore, source: EpisodeStore) -> None:
+    if store.metadata["shards"] != source.shard_indices():
+        raise ValueError(
+            f"{source.path} has {len(source.shard_indices())} shards now and had {len(store.metadata['shards'])} when {store.path} "
+            "was started; tokenize into a new folder"
+        )
+
+
+def _metadata(config: TokenizeConfig, source: EpisodeStore, output: Path) -> dict:
+    tokenizers = TokenStore(output, {}).tokenizers()
+    totals = source.totals()
+    return {
+        "horizon": config.horizon,
+        "action_dim": ACTION_DIM,
+        "grids": {camera: list(tokenizers.vision.grid(camera)) for camera in CAMERAS},
+        "codebook_size": tokenizers.vision.codebook_size,
+        "action_vocab_size": tokenizers.action.vocab_size,
+        "text_vocab_size": tokenizers.text.vocab_size,
+        "wordings": source.metadata["wordings"],
+        "shards": source.shard_indices(),
+        "source": {"episodes": config.episodes, "metadata": json.loads(json.dumps(source.metadata)), "totals": vars(totals)},
+    }
+
+
+def _fit_action_tokenizer(config: TokenizeConfig, source: EpisodeStore, output: Path) -> None:
+    """The normaliser on the demonstrator's own actions, FAST on every chunk that will have to be written."""
+    episodes = [
+        columns
+        for index in source.shard_indices()
+        for columns in source.read_columns(index, ("actions", "imitate", "frame_step"))
+    ]
+    if not episodes:
+        raise ValueError(f"{source.path} holds no episode; collect some before tokenizing")
+    own = np.concatenate([columns["actions"][columns["imitate"]] for columns in episodes])
+    normalizer = ActionNormalizer.fit(own)
+    chunks = np.concatenate([chunks_of(c["actions"], c["frame_step"], config.horizon) for c in episodes])
+    tokenizer = FastTokenizer.fit(
+        normalizer.normalize(chunks), scale=config.action_scale, vocab_size=config.action_vocab_size
+    )
+    tokenizer.save_pretrained(output / ACTION)
+    normalizer.save(output / NORMALIZER)
+
+
+def _wordings(source: EpisodeStore) -> Sequence[str]:
+    """Every sentence of the store's wordings. Raises ValueError where it has none."""
+    sentences = [sentence for wordings in source.metadata.get("wordings", {}).values() for sentence in wordings]
+    if not sentences:
+        raise ValueError(f"{source.path} has no wordings in its metadata, so no text tokenizer can be fitted; give text_tokenizer=")
+    return sentences
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a tokenizer, whole or not at all; an earlier, interrupted attempt's copy is replaced."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    for path in (temporary, target):
+        if path.is_dir():
+            shutil.rmtree(path)
+    if source.is_dir():
+        shutil.copytree(source, temporary)
+    else:
+        shutil.copyfile(source, temporary)
+    temporary.replace(target)

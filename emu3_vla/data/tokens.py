@@ -1,0 +1,243 @@
+"""Token store: episodes as ids, with the tokenizers that wrote them.
+
+    store = TokenStore.open("outputs/tokenize/first")
+    episodes = store.episodes()                 # list[TokenizedEpisode], all in memory: ids are small
+    train, held_out = store.split(0.05)
+    tokenizers = store.tokenizers()             # .vision, .action, .text, .normalizer
+
+Layout: tokens.json (manifest), vision_tokenizer/, action_tokenizer/, text_tokenizer/, normalizer.json, shards/00042.zarr. The manifest
+holds a hash of each tokenizer; a store whose tokenizers are not the ones that wrote its ids is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from action_tokenizer import ActionNormalizer, FastTokenizer
+from emu3_vla.data.episodes import (
+    json_text,
+    open_shard,
+    read_array,
+    read_manifest,
+    shard_indices,
+    split_shards,
+    write_shard_atomic,
+    write_text_atomic,
+)
+from emu3_vla.text import TextTokenizer
+
+if TYPE_CHECKING:
+    from emu3_vla.vision_tokenizer import VisionTokenizer
+
+FORMAT = "emu3-vla-tokens"
+SCHEMA = 1
+SHARD_FORMAT = "emu3-vla-token-shard"
+MANIFEST = "tokens.json"
+
+VISION, ACTION, TEXT, NORMALIZER = "vision_tokenizer", "action_tokenizer", "text_tokenizer", "normalizer.json"
+TOKENIZERS = (VISION, ACTION, TEXT, NORMALIZER)
+
+
+class TokenStoreError(ValueError):
+    """A token store that is missing parts, damaged, unfinished, or made by other tokenizers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizedEpisode:
+    """One episode as ids. F frames at control steps `frame_step`.
+
+    static_codes   uint16 (F, h, w)   codes of the static camera, row 0 at the top
+    gripper_codes  uint16 (F, h, w)   of the wrist camera
+    frame_step     int64 (F,)         ascending
+    action_ids     F lists            FAST ids of the normalised actions [step, step + horizon); past the end zero motion, gripper kept
+    chunk_imitate  bool (F,)          every action of that chunk is the demonstrator's own
+    shard: number of the shard that it lies in, which is also the episode store's.
+    """
+
+    task: str
+    instruction: str
+    shard: int
+    static_codes: np.ndarray
+    gripper_codes: np.ndarray
+    frame_step: np.ndarray
+    action_ids: list[list[int]]
+    chunk_imitate: np.ndarray
+
+    def __post_init__(self):
+        counts = {name: len(getattr(self, name)) for name in ("static_codes", "gripper_codes", "action_ids", "chunk_imitate")}
+        wrong = {name: count for name, count in counts.items() if count != len(self.frame_step)}
+        if wrong:
+            raise ValueError(f"episode of {self.task!r} has {len(self.frame_step)} frames, but {wrong}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenizers:
+    """The four that a store was written with."""
+
+    vision: VisionTokenizer
+    action: FastTokenizer
+    text: TextTokenizer
+    normalizer: ActionNormalizer
+
+
+class TokenStore:
+    """A folder of token shards. `metadata`:
+
+    horizon, action_dim: shape of a chunk. grids: {camera: [rows, columns]}. codebook_size, action_vocab_size,
+    text_vocab_size. wordings: {task: sentences}. hashes: of each tokenizer. shards: numbers of all shards that belong to it.
+    source: the episode store (its folder as given, metadata).
+    """
+
+    def __init__(self, path: Path, metadata: dict[str, Any]):
+        self.path = path
+        self.metadata = metadata
+
+    @classmethod
+    def create(cls, path: str | Path, metadata: dict[str, Any]) -> TokenStore:
+        """Write the manifest of a store whose tokenizers lie in `path` already. Raises TokenStoreError if one is there."""
+        path = Path(path)
+        if (path / MANIFEST).exists():
+            raise TokenStoreError(f"{path} is a token store already; open it with TokenStore.open")
+        record = {"format": FORMAT, "schema": SCHEMA, "metadata": metadata | {"hashes": hashes(path)}}
+        (path / "shards").mkdir(parents=True, exist_ok=True)
+        write_text_atomic(path / MANIFEST, json_text(record, f"metadata of the token store {path}"))
+        return cls(path, record["metadata"])
+
+    @classmethod
+    def open(cls, path: str | Path) -> TokenStore:
+        """The store in `path`. Raises FileNotFoundError, or TokenStoreError naming a tokenizer that is not the store's own."""
+        path = Path(path)
+        record = read_manifest(path / MANIFEST, FORMAT, SCHEMA, "a token store", TokenStoreError)
+        store = cls(path, record["metadata"])
+        store.require_hashes(hashes(path), f"the one in {path}")
+        return store
+
+    def require_hashes(self, found: dict[str, str], whose: str) -> None:
+        """Raise TokenStoreError naming the first tokenizer in `found` that is not the one this store was written with."""
+        for name, digest in found.items():
+            if self.metadata["hashes"][name] != digest:
+                raise TokenStoreError(
+                    f"{self.path} was written by another {name} (SHA-256 {self.metadata['hashes'][name][:12]}…) than {whose} "
+                    f"({digest[:12]}…); tokenize into a new folder"
+                )
+
+    def shard_path(self, index: int) -> Path:
+        return self.path / "shards" / f"{index:05d}.zarr"
+
+    def has_shard(self, index: int) -> bool:
+        """Whether shard `index` is there; a shard that is there is whole."""
+        return self.shard_path(index).exists()
+
+    def shard_indices(self) -> list[int]:
+        """Numbers of the shards that are there, ascending."""
+        return shard_indices(self.path / "shards")
+
+    def missing_shards(self) -> list[int]:
+        """Numbers of the shards that are still to be written."""
+        there = set(self.shard_indices())
+        return [index for index in self.metadata["shards"] if index not in there]
+
+    def write_shard(self, index: int, episodes: Sequence[TokenizedEpisode]) -> Path:
+        """Write shard `index`, whole or not at all. Raises TokenStoreError if it is there, ValueError for no episodes."""
+        target = self.shard_path(index)
+        if target.exists():
+            raise TokenStoreError(f"{target} is there already; shards are never overwritten")
+        if not episodes:
+            raise ValueError(f"shard {index} of {self.path} would hold no episode; write at least one")
+        lengths = [len(ids) for episode in episodes for ids in episode.action_ids]
+        all_ids = [index for episode in episodes for ids in episode.action_ids for index in ids]
+        columns = {
+            "static_codes": _join(episodes, "static_codes", np.uint16),
+            "gripper_codes": _join(episodes, "gripper_codes", np.uint16),
+            "frame_step": _join(episodes, "frame_step", np.int64),
+            "chunk_imitate": _join(episodes, "chunk_imitate", np.bool_),
+            "action_lengths": np.array(lengths, np.int64),
+            "action_ids": np.array(all_ids, np.int64),
+        }
+        records = [{"task": e.task, "instruction": e.instruction, "frames": len(e.frame_step)} for e in episodes]
+        write_shard_atomic(target, columns, {"format": SHARD_FORMAT, "schema": SCHEMA, "episodes": records})
+        return target
+
+    def read_shard(self, index: int) -> list[TokenizedEpisode]:
+        """The episodes of shard `index`, in the episode store's order. Raises TokenStoreError."""
+        path = self.shard_path(index)
+        if not path.exists():
+            raise TokenStoreError(f"{self.path} has no shard {index}; run the same tokenize command again to finish it")
+        group = open_shard(path, SHARD_FORMAT, SCHEMA, TokenStoreError)
+        names = ("static_codes", "gripper_codes", "frame_step", "chunk_imitate", "action_lengths", "action_ids")
+        columns = {name: read_array(group, name, path) for name in names}
+        starts = np.concatenate([[0], np.cumsum(columns["action_lengths"])])
+        episodes, frame = [], 0
+        for record in group.attrs["episodes"]:
+            rows = slice(frame, frame + record["frames"])
+            ids = [columns["action_ids"][starts[row] : starts[row + 1]].tolist() for row in range(rows.start, rows.stop)]
+            arrays = {name: columns[name][rows] for name in ("static_codes", "gripper_codes", "frame_step", "chunk_imitate")}
+            episodes.append(
+                TokenizedEpisode(
+                    task=record["task"], instruction=record["instruction"], shard=index, action_ids=ids, **arrays
+                )
+            )
+            frame = rows.stop
+        return episodes
+
+    def episodes(self, shards: Sequence[int] | None = None) -> list[TokenizedEpisode]:
+        """Episodes of `shards`, by default of all. Raises TokenStoreError for a store that is not finished."""
+        missing = self.missing_shards()
+        if missing:
+            raise TokenStoreError(
+                f"{self.path} is unfinished: {len(missing)} of {len(self.metadata['shards'])} shards are missing; "
+                "run the same tokenize command again"
+            )
+        chosen = self.metadata["shards"] if shards is None else shards
+        return [episode for index in chosen for episode in self.read_shard(index)]
+
+    def split(self, validation_fraction: float) -> tuple[list[TokenizedEpisode], list[TokenizedEpisode]]:
+        """Episodes to train on and episodes held out, by whole shards: the shards that the vision tokenizer's training held out at the
+        same fraction. Raises ValueError where too few shards are there."""
+        train, held_out = split_shards(self.metadata["shards"], validation_fraction)
+        return self.episodes(train), self.episodes(held_out)
+
+    def tokenizers(self) -> Tokenizers:
+        """The tokenizers in the store's folder. Raises the tokenizer's own error where one is damaged."""
+        from emu3_vla.vision_tokenizer import VisionTokenizer
+
+        return Tokenizers(
+            vision=VisionTokenizer.from_pretrained(self.path / VISION),
+            action=FastTokenizer.from_pretrained(self.path / ACTION),
+            text=TextTokenizer.from_pretrained(self.path / TEXT),
+            normalizer=ActionNormalizer.load(self.path / NORMALIZER),
+        )
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every tokenizer in `folder`. Raises TokenStoreError naming one that is missing."""
+    missing = [name for name in TOKENIZERS if not (folder / name).exists()]
+    if missing:
+        raise TokenStoreError(f"{folder} lacks {', '.join(missing)}; restore it or tokenize into a new folder")
+    return {name: content_hash(folder / name) for name in TOKENIZERS}
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 over a file, or over the names and contents of all files in a folder, in the order of their names."""
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    for file in files:
+        content = file.read_bytes()
+        name = file.relative_to(path).as_posix() if file != path else ""
+        digest.update(f"{name}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _join(episodes: Sequence[TokenizedEpisode], name: str, dtype: type) -> np.ndarray:
+    parts = [getattr(episode, name) for episode in episodes]
+    wrong = [part.dtype for part in parts if part.dtype != dtype]
+    if wrong:
+        raise ValueError(f"{name} is {wrong[0]}, expected {np.dtype(dtype)}")
+    return np.concatenate(parts)

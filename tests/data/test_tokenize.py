@@ -1,0 +1,169 @@
+"""Token store and `tokenize`: what is written is what the tokenizers say, parallel and resumed runs agree, strangers are refused."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from action_tokenizer import ActionNormalizer
+from emu3_vla.data.episodes import EpisodeStore
+from emu3_vla.data.tokenize import TokenizeConfig, chunks_of, main, own_chunks
+from emu3_vla.data.tokens import TokenStore, TokenStoreError
+from emu3_vla.vision_tokenizer.light import LightConfig, LightTokenizer
+from envs.spec import Episode
+
+HORIZON = 10
+WORDINGS = {"open_drawer": ["open the drawer", "pull the drawer open"], "close_drawer": ["close the drawer"]}
+
+
+def make_episode(seed: int, steps: int) -> Episode:
+    random = np.random.default_rng(seed)
+    actions = np.clip(np.cumsum(random.normal(0, 0.1, (steps, 7)), axis=0), -1, 1).astype(np.float32)
+    actions[:, -1] = np.where(np.arange(steps) < steps // 2, 1, -1)
+    frame_step = np.arange(0, steps, 5)
+    imitate = np.ones(steps, bool)
+    imitate[7:9] = False
+    return Episode(
+        task="open_drawer" if seed % 2 else "close_drawer",
+        instruction="close the drawer",
+        actions=actions,
+        robot_obs=np.zeros((steps, 15)),
+        scene_obs=np.zeros((steps, 24)),
+        imitate=imitate,
+        frame_step=frame_step,
+        rgb_static=random.integers(0, 256, (len(frame_step), 200, 200, 3), dtype=np.uint8),
+        rgb_gripper=random.integers(0, 256, (len(frame_step), 84, 84, 3), dtype=np.uint8),
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three shards of two episodes, and an untrained vision tokenizer."""
+    folder = tmp_path_factory.mktemp("tokenize")
+    store = EpisodeStore.create(folder / "episodes", {"wordings": WORDINGS})
+    for shard in range(3):
+        store.write_shard(shard, [make_episode(2 * shard, 23), make_episode(2 * shard + 1, 31)])
+    LightTokenizer(_small(codebook_size=32)).save_pretrained(folder / "vision")
+    return folder
+
+
+def _small(**options) -> LightConfig:
+    return LightConfig(channels=(8, 8), encoder_blocks=(0, 0), decoder_blocks=(0, 0), **options)
+
+
+def config_for(folder, name, **options) -> TokenizeConfig:
+    options = {"workers": 1} | options
+    return TokenizeConfig(
+        episodes=str(folder / "episodes"), vision_tokenizer=str(folder / "vision"), output_dir=str(folder / name), **options
+    )
+
+
+@pytest.fixture(scope="module")
+def tokens(folder):
+    main(config_for(folder, "tokens"))
+    return TokenStore.open(folder / "tokens")
+
+
+def test_manifest_says_what_a_model_needs(tokens):
+    metadata = tokens.metadata
+    assert metadata["horizon"] == HORIZON and metadata["action_dim"] == 7 and metadata["codebook_size"] == 32
+    assert metadata["grids"] == {"rgb_static": [16, 16], "rgb_gripper": [12, 12]}
+    assert metadata["wordings"] == WORDINGS and metadata["shards"] == [0, 1, 2]
+    assert metadata["source"]["totals"]["episodes"] == 6
+    tokenizers = tokens.tokenizers()
+    assert metadata["action_vocab_size"] == tokenizers.action.vocab_size
+    assert metadata["text_vocab_size"] == tokenizers.text.vocab_size
+
+
+def test_codes_and_chunks_are_the_tokenizers_own(tokens):
+    episodes, tokenizers = tokens.episodes(), tokens.tokenizers()
+    assert [episode.shard for episode in episodes] == [0, 0, 1, 1, 2, 2]
+    for seed, episode in enumerate(episodes):
+        original = make_episode(seed, 31 if seed % 2 else 23)
+        assert (episode.task, episode.instruction) == (original.task, original.instruction)
+        assert np.array_equal(episode.frame_step, original.frame_step)
+        for camera, codes in (("rgb_static", episode.static_codes), ("rgb_gripper", episode.gripper_codes)):
+            one_by_one = [tokenizers.vision.encode_camera(camera, image[None]).numpy()[0] for image in getattr(original, camera)]
+            assert codes.dtype == np.uint16 and np.mean(codes == np.stack(one_by_one)) > 0.999
+        decoded = tokenizers.normalizer.denormalize(tokenizers.action.decode(episode.action_ids, horizon=HORIZON, action_dim=7))
+        expected = chunks_of(original.actions, original.frame_step, HORIZON)
+        assert np.abs(decoded - expected).max() < 0.25 and np.abs(decoded - expected).mean() < 0.05
+
+
+def test_chunks_end_in_zero_motion_with_the_last_gripper():
+    actions = np.arange(21, dtype=np.float32).reshape(3, 7)
+    chunks = chunks_of(actions, np.array([0, 2]), 4)
+    assert np.array_equal(chunks[0, :3], actions) and np.array_equal(chunks[1, 0], actions[2])
+    assert np.array_equal(chunks[1, 1:, :6], np.zeros((3, 6))) and np.all(chunks[:, -1, 6] == actions[-1, 6])
+
+
+def test_a_chunk_is_own_if_every_action_in_it_is():
+    imitate = np.array([1, 1, 0, 1, 1, 1], bool)
+    assert own_chunks(imitate, np.arange(6), 3).tolist() == [False, False, False, True, True, True]
+
+
+def test_two_workers_and_a_resumed_run_give_the_same_store(folder, tokens):
+    main(config_for(folder, "parallel", workers=2))
+    shutil.rmtree(folder / "parallel" / "shards" / "00001.zarr")
+    with pytest.raises(TokenStoreError, match="unfinished: 1 of 3 shards"):
+        TokenStore.open(folder / "parallel").episodes()
+    main(config_for(folder, "parallel", workers=2))
+    for path in sorted(tokens.path.rglob("*")):
+        if path.is_file():
+            assert path.read_bytes() == (folder / "parallel" / path.relative_to(tokens.path)).read_bytes(), path.name
+
+
+def test_split_is_by_whole_shards(tokens):
+    train, held_out = tokens.split(0.3)
+    assert {episode.shard for episode in held_out} == {1} and {episode.shard for episode in train} == {0, 2}
+
+
+def test_tokenizers_can_be_given(folder, tokens):
+    parts = {name: str(tokens.path / name) for name in ("action_tokenizer", "text_tokenizer")}
+    main(config_for(folder, "given", normalizer=str(tokens.path / "normalizer.json"), **parts))
+    given = TokenStore.open(folder / "given")
+    assert given.metadata["hashes"] == tokens.metadata["hashes"]
+    assert [e.action_ids for e in given.episodes()] == [e.action_ids for e in tokens.episodes()]
+
+
+def test_another_tokenizers_store_is_refused_by_name(folder, tokens, tmp_path):
+    LightTokenizer(_small(codebook_size=16)).save_pretrained(tmp_path / "other")
+    config = dataclasses.replace(config_for(folder, "tokens"), vision_tokenizer=str(tmp_path / "other"))
+    with pytest.raises(TokenStoreError, match="written by another vision_tokenizer .* than the one given now"):
+        main(config)
+    shutil.copytree(tokens.path, tmp_path / "edited")
+    normalizer = ActionNormalizer.load(tmp_path / "edited" / "normalizer.json")
+    dataclasses.replace(normalizer, half_range=normalizer.half_range * 2).save(tmp_path / "edited" / "normalizer.json")
+    with pytest.raises(TokenStoreError, match="written by another normalizer.json"):
+        TokenStore.open(tmp_path / "edited")
+    shutil.rmtree(tmp_path / "edited" / "text_tokenizer")
+    with pytest.raises(TokenStoreError, match="lacks text_tokenizer"):
+        TokenStore.open(tmp_path / "edited")
+
+
+def test_a_grown_episode_store_is_refused(folder, tokens, tmp_path):
+    shutil.copytree(folder / "episodes", tmp_path / "episodes")
+    EpisodeStore.open(tmp_path / "episodes").write_shard(3, [make_episode(9, 12)])
+    config = dataclasses.replace(config_for(folder, "tokens"), episodes=str(tmp_path / "episodes"))
+    with pytest.raises(ValueError, match="has 4 shards now and had 3"):
+        main(config)
+
+
+def test_errors_are_named(folder, tokens, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no tokens.json"):
+        TokenStore.open(folder)
+    with pytest.raises(ValueError, match="belong together"):
+        config_for(folder, "x", action_tokenizer="somewhere")
+    with pytest.raises(FileNotFoundError, match="vision_tokenizer=.*nowhere does not exist"):
+        main(dataclasses.replace(config_for(folder, "x"), vision_tokenizer=str(tmp_path / "nowhere")))
+    store = EpisodeStore.create(tmp_path / "mute", {})
+    store.write_shard(0, [make_episode(0, 23)])
+    with pytest.raises(ValueError, match="no wordings .* give text_tokenizer="):
+        main(dataclasses.replace(config_for(folder, "y"), episodes=str(store.path)))
+    shutil.copytree(tokens.path, tmp_path / "old")
+    manifest = json.loads((tmp_path / "old" / "tokens.json").read_text())
+    (tmp_path / "old" / "tokens.json").write_text(json.dumps(manifest | {"schema": 0}))
+    with pytest.raises(TokenStoreError, match="has schema 0"):
+        TokenStore.open(tmp_path / "old")
