@@ -87,7 +87,7 @@ TABLES = {
     "D": Table(
         **_LEFT_CABINET, **_BIG_BULB,
         number=8, drawer=0.225, button=-0.15, switch=0.375, led=-0.15, light=(0.375, 0.165), base_centre=-0.00874455174683536,
-        wood=((98, 76, 50), (150, 122, 86)), door=((124, 98, 66), (178, 148, 108)), rings=6.0,
+        wood=((98, 76, 50), (150, 122, 86)), door=((144, 116, 80), (200, 170, 128)), rings=6.0,
     ),
 }  # fmt: skip
 
@@ -290,13 +290,16 @@ def _on_slope(share: float, lift: float = 0.0) -> tuple[float, float]:
 def _cabinet_front(mesh: Mesh, left: float, right: float) -> None:
     foot, head = _on_slope(0), _on_slope(1)
     lintel = (CAVITY_LINTEL_Y, CAVITY_TOP)
-    for low, high, (y0, z0), (y1, z1) in ((-HALF_WIDTH, left, foot, head), (right, HALF_WIDTH, foot, head), (left, right, lintel, head)):
+    lap = 0.002  # a joint that ends in the middle of an edge lets single pixels through; lapped ones do not
+    strips = (-HALF_WIDTH, left, foot, head), (right, HALF_WIDTH, foot, head), (left - lap, right + lap, lintel, head)
+    for low, high, (y0, z0), (y1, z1) in strips:
         mesh.polygon([(low, y0, z0), (high, y0, z0), (high, y1, z1), (low, y1, z1)])
 
 
 def _cabinet_inside(mesh: Mesh, left: float, right: float) -> None:
     side = [(FOOT_Y, TOP), (CAVITY_LINTEL_Y, CAVITY_TOP), (CAVITY_BACK, CAVITY_TOP), (CAVITY_BACK, TOP)]
-    mesh.polygon([(left, CAVITY_BACK, TOP), (right, CAVITY_BACK, TOP), (right, CAVITY_BACK, CAVITY_TOP), (left, CAVITY_BACK, CAVITY_TOP)], "inside")
+    back, top = CAVITY_BACK, CAVITY_TOP
+    mesh.polygon([(left, back, TOP), (right, back, TOP), (right, back, top), (left, back, top)], "inside")
     mesh.polygon([(left, y, z) for y, z in side[::-1]], "inside")
     mesh.polygon([(right, y, z) for y, z in side], "inside")
 
