@@ -19,3 +19,19 @@ def reference() -> Path:
 def calvin_assets(reference) -> Path:
     """calvin_env's own data folder."""
     return reference / "calvin_data" / "data"
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tmp_path_factory):
+    """A token store of 24 short episodes whose actions can be learned; see tiny_tokens."""
+    import tiny_tokens
+
+    return tiny_tokens.tiny_store(tmp_path_factory.mktemp("tokens"))
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_store, tmp_path_factory) -> Path:
+    """A checkpoint folder trained on it for a few steps: enough to act, not to act well."""
+    import tiny_tokens
+
+    return tiny_tokens.train(tiny_store.path, tmp_path_factory.mktemp("train"), steps=6)

@@ -1,0 +1,260 @@
+"""The checkpoint folder: a policy is one folder, and nothing in it unpickles.
+
+    model/               config.json, model.safetensors (Hugging Face layout), vocabulary.json
+    vision_tokenizer/  text_tokenizer/  action_tokenizer/  normalizer.json
+    policy.yaml          how to act with it (may be edited)
+    provenance.json      where it came from, and the SHA-256 of every file but these two
+
+`load` refuses a folder whose files are not the ones that were saved together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from action_tokenizer import FastTokenizer
+from action_tokenizer.normalizer import ActionNormalizer
+from emu3_vla.model import BlockEmu3Config, BlockEmu3ForCausalLM
+from emu3_vla.text import TextTokenizer
+from emu3_vla.vision_tokenizer import VisionTokenizer
+from emu3_vla.vocabulary import CompactVocabulary
+
+FORMAT = 1
+MODEL, VISION, TEXT, ACTION = "model", "vision_tokenizer", "text_tokenizer", "action_tokenizer"
+NORMALIZER, POLICY, PROVENANCE = "normalizer.json", "policy.yaml", "provenance.json"
+WEIGHTS, CONFIG, VOCABULARY = "model.safetensors", "config.json", "vocabulary.json"
+TOKENIZER_PARTS = (VISION, TEXT, ACTION, NORMALIZER)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder that is incomplete, damaged, foreign, or put together of parts that do not belong together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicySettings:
+    """policy.yaml: how the model acts. history: past chunks shown when acting, at most those it was trained with."""
+
+    history: int
+    trained_history: int
+    horizon: int  # control steps of one chunk
+    action_dim: int
+
+    def __post_init__(self):
+        if not 0 <= self.history <= self.trained_history:
+            raise CheckpointError(f"history is {self.history}, expected 0 to {self.trained_history}, which it was trained with")
+        if self.horizon < 1 or self.action_dim < 1:
+            raise CheckpointError(f"horizon {self.horizon} and action_dim {self.action_dim} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What a checkpoint folder holds; None for parts that it lacks. `model` is in evaluation mode."""
+
+    folder: Path
+    model: BlockEmu3ForCausalLM
+    vocabulary: CompactVocabulary
+    vision_tokenizer: VisionTokenizer | None
+    text_tokenizer: TextTokenizer | None
+    action_tokenizer: FastTokenizer | None
+    normalizer: ActionNormalizer | None
+    policy: PolicySettings | None
+    provenance: dict[str, Any]
+
+    def require_policy(self) -> Checkpoint:
+        """Itself, if it has all that acting needs. Raises CheckpointError naming what is missing."""
+        parts = {VISION: self.vision_tokenizer, TEXT: self.text_tokenizer, ACTION: self.action_tokenizer}
+        parts |= {NORMALIZER: self.normalizer, POLICY: self.policy}
+        missing = [name for name, part in parts.items() if part is None]
+        if missing:
+            raise CheckpointError(f"{self.folder} cannot act: {', '.join(missing)} missing")
+        return self
+
+
+def load(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Checkpoint:
+    """Read a checkpoint folder.
+
+    dtype: of the model; default: as it was saved. Raises FileNotFoundError for a missing file, CheckpointError (or the part's own
+    named error) for one that is damaged or does not belong to the model, each naming the file.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder; a checkpoint is a folder with {MODEL}/ and {PROVENANCE} in it")
+    provenance = _read_json(folder / PROVENANCE)
+    _check_files(folder, provenance)
+    vocabulary = CompactVocabulary.load(folder / MODEL / VOCABULARY)
+    model = _load_model(folder / MODEL, vocabulary, dtype).to(device).eval()
+    vision = VisionTokenizer.from_pretrained(folder / VISION).to(device) if (folder / VISION).exists() else None
+    checkpoint = Checkpoint(
+        folder=folder,
+        model=model,
+        vocabulary=vocabulary,
+        vision_tokenizer=vision,
+        text_tokenizer=TextTokenizer.from_pretrained(folder / TEXT) if (folder / TEXT).exists() else None,
+        action_tokenizer=FastTokenizer.from_pretrained(folder / ACTION) if (folder / ACTION).exists() else None,
+        normalizer=ActionNormalizer.load(folder / NORMALIZER) if (folder / NORMALIZER).exists() else None,
+        policy=_read_policy(folder / POLICY) if (folder / POLICY).exists() else None,
+        provenance=provenance,
+    )
+    _check_belonging(checkpoint)
+    return checkpoint
+
+
+def save(
+    folder: Path,
+    *,
+    config: BlockEmu3Config,
+    weights: dict[str, torch.Tensor],
+    vocabulary: CompactVocabulary,
+    tokenizers: Path,
+    policy: PolicySettings,
+    provenance: dict[str, Any],
+) -> None:
+    """Write a checkpoint folder, whole or not at all.
+
+    weights: by parameter name. tokenizers: a folder that holds vision_tokenizer/, text_tokenizer/, action_tokenizer/ and
+    normalizer.json, such as a token store. Raises FileExistsError if `folder` is there, FileNotFoundError if a tokenizer is not.
+    """
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already; nothing was overwritten")
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / MODEL).mkdir(parents=True)
+    config.save_pretrained(temporary / MODEL)
+    _name_architecture(temporary / MODEL / CONFIG, next(iter(weights.values())).dtype)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary / MODEL / WEIGHTS, {"format": "pt"})
+    (temporary / MODEL / WEIGHTS).chmod(0o644)  # safetensors leaves it readable by its owner alone
+    vocabulary.save(temporary / MODEL / VOCABULARY)
+    for part in TOKENIZER_PARTS:
+        if not (tokenizers / part).exists():
+            raise FileNotFoundError(f"{tokenizers / part} is missing, so no checkpoint was written")
+        copy = shutil.copytree if (tokenizers / part).is_dir() else shutil.copyfile
+        copy(tokenizers / part, temporary / part)
+    files = {str(path.relative_to(temporary)): _sha256(path) for path in sorted(temporary.rglob("*")) if path.is_file()}
+    (temporary / POLICY).write_text(yaml.safe_dump({"format": FORMAT} | dataclasses.asdict(policy), sort_keys=False))
+    (temporary / PROVENANCE).write_text(json.dumps({"format": FORMAT} | provenance | {"files": files}, indent=1, default=str) + "\n")
+    os.rename(temporary, folder)
+
+
+def load_weights(folder: Path, config: BlockEmu3Config) -> dict[str, torch.Tensor]:
+    """Weights of a model/ folder, checked against `config`. Raises FileNotFoundError, CheckpointError."""
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged or cut short: {error}") from error
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in BlockEmu3ForCausalLM(config).state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if found != expected:
+        name = sorted(set(found.items()) ^ set(expected.items()))[0][0]
+        raise CheckpointError(
+            f"{path} does not fit its configuration: {name} is {found.get(name, 'absent')}, expected {expected.get(name, 'absent')}"
+        )
+    return weights
+
+
+def _load_model(folder: Path, vocabulary: CompactVocabulary, dtype: torch.dtype | None) -> BlockEmu3ForCausalLM:
+    values = _read_json(folder / CONFIG)
+    kind = values.get("model_type")
+    if kind != BlockEmu3Config.model_type:
+        raise CheckpointError(f"{folder / CONFIG}: model_type is {kind!r}, expected {BlockEmu3Config.model_type!r}")
+    config = BlockEmu3Config(**values)
+    for name, size in (
+        ("vocab_size", vocabulary.head_size),
+        ("codebook_size", vocabulary.codebook_size),
+        ("codes_per_block", vocabulary.codes_per_block),
+        ("num_places", vocabulary.num_places),
+    ):
+        if getattr(config, name) != size:
+            raise CheckpointError(f"{folder / CONFIG}: {name} is {getattr(config, name)}, but {VOCABULARY} needs {size}")
+    weights = load_weights(folder, config)
+    config._attn_implementation = "eager"
+    model = BlockEmu3ForCausalLM(config)
+    # Not model.to(dtype): that would round the rotary frequencies too.
+    for name, parameter in model.named_parameters():
+        parameter.data = weights[name].to(dtype or weights[name].dtype)
+    return model
+
+
+def _check_files(folder: Path, provenance: dict[str, Any]) -> None:
+    """Every file is the one that was saved: so the tokenizers are this model's, and nothing is cut short."""
+    files = provenance.get("files")
+    if provenance.get("format") != FORMAT or not isinstance(files, dict):
+        raise CheckpointError(f"{folder / PROVENANCE} is not that of a checkpoint of format {FORMAT}")
+    for name, digest in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; copy the whole checkpoint folder again")
+        if _sha256(path) != digest:
+            raise CheckpointError(
+                f"{path} is not the file that was saved with this model: it is damaged, cut short ({path.stat().st_size} bytes) "
+                "or another checkpoint's; copy the whole checkpoint folder again"
+            )
+
+
+def _check_belonging(checkpoint: Checkpoint) -> None:
+    """Sizes of the tokenizers against the vocabulary. The hashes say the same of a folder that `save` wrote; this says it by size."""
+    vocabulary, folder = checkpoint.vocabulary, checkpoint.folder
+    sizes = []
+    if checkpoint.vision_tokenizer is not None:
+        vision = checkpoint.vision_tokenizer
+        sizes.append((VISION, "codes", vision.codebook_size, vocabulary.codebook_size))
+        for grid in vocabulary.images:
+            sizes.append((VISION, f"grid of {grid.name}", vision.grid(grid.name), (grid.rows, grid.columns)))
+    if checkpoint.text_tokenizer is not None:
+        sizes.append((TEXT, "ids", checkpoint.text_tokenizer.vocab_size, vocabulary.text_size))
+    if checkpoint.action_tokenizer is not None:
+        sizes.append((ACTION, "ids", checkpoint.action_tokenizer.vocab_size, vocabulary.action_size))
+    if checkpoint.normalizer is not None and checkpoint.policy is not None:
+        sizes.append((NORMALIZER, "action dimensions", checkpoint.normalizer.action_dim, checkpoint.policy.action_dim))
+    for part, what, found, expected in sizes:
+        if found != expected:
+            raise CheckpointError(f"{folder / part} does not belong to this model: {what} {found}, the model's vocabulary has {expected}")
+
+
+def _read_policy(path: Path) -> PolicySettings:
+    try:
+        values = yaml.safe_load(path.read_text())
+        if values.pop("format") != FORMAT:
+            raise CheckpointError(f"{path} is not of format {FORMAT}")
+        return PolicySettings(**values)
+    except (yaml.YAMLError, TypeError, AttributeError, KeyError, CheckpointError) as error:
+        raise CheckpointError(f"{path} cannot be used: {type(error).__name__}: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        values = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is damaged or cut short: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds {type(values).__name__}, expected a JSON object")
+    return values
+
+
+def _name_architecture(path: Path, dtype: torch.dtype) -> None:
+    """config.json as `PreTrainedModel.save_pretrained` would have it: a bare configuration does not know its model's class."""
+    values = json.loads(path.read_text())
+    values |= {"architectures": [BlockEmu3ForCausalLM.__name__], "dtype": str(dtype).removeprefix("torch.")}
+    path.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

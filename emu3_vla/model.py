@@ -1,0 +1,171 @@
+"""The decoder: Transformers' Emu3ForCausalLM as trunk, with vision blocks in and a depth decoder out.
+
+    ids and blocks → one embedding per position → Emu3 trunk → states
+    states → output head: the next text, action or special id
+    states → depth decoder: the next block's codes, one after another
+
+By the chain rule p(block) = Π p(code | state, codes before it in the block), so this stays exact next-token prediction with block_size²
+fewer trunk positions. Precedents: MegaByte (arXiv 2305.07185), RQ-Transformer (arXiv 2203.01941).
+
+Axes: B documents, L positions, P = B×L, N blocks, C codes of a block, H width of the trunk, D width of the depth decoder, V ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Emu3ForCausalLM, Emu3TextConfig
+
+from emu3_vla.documents import IGNORE, Batch
+from emu3_vla.vocabulary import CompactVocabulary
+
+
+class BlockEmu3Config(Emu3TextConfig):
+    """Emu3TextConfig and what the blocks need. `vocab_size` counts the ids of the head: all but the vision codes."""
+
+    model_type = "emu3_vla_blocks"
+
+    codebook_size: int = 1024
+    codes_per_block: int = 16
+    num_places: int = 25  # block places over all images of a chunk
+    code_dim: int = 64  # width of one code's embedding before a block's are merged
+    depth_size: int = 128
+    depth_layers: int = 2
+    depth_heads: int = 4
+
+
+def build_config(vocabulary: CompactVocabulary, **sizes: Any) -> BlockEmu3Config:
+    """A configuration for this vocabulary. sizes: any field of BlockEmu3Config (hidden_size, num_hidden_layers, ...)."""
+    config = BlockEmu3Config(
+        vocab_size=vocabulary.head_size,
+        pad_token_id=vocabulary.pad,
+        bos_token_id=vocabulary.bos,
+        eos_token_id=vocabulary.eos,
+        codebook_size=vocabulary.codebook_size,
+        codes_per_block=vocabulary.codes_per_block,
+        num_places=vocabulary.num_places,
+        **sizes,
+    )
+    # On CPUs the fused attention's backward is slower than two plain matrix products (a third of a training step here).
+    config._attn_implementation = "eager"
+    return config
+
+
+class BlockEmu3ForCausalLM(Emu3ForCausalLM):
+    """Emu3 over vision blocks. `model` and `lm_head` are Emu3ForCausalLM's own; `blocks` and `depth` are added."""
+
+    config_class = BlockEmu3Config
+
+    def __init__(self, config: BlockEmu3Config):
+        super().__init__(config)
+        self.blocks = BlockEmbedding(config)
+        self.depth = DepthDecoder(config)
+        self.post_init()
+
+    def embed(self, batch: Batch) -> torch.Tensor:
+        """One embedding per position: (B, L, H)."""
+        embedded_BLH = self.model.embed_tokens(batch.ids_BL)
+        blocks_NH = self.blocks(batch.codes_NC, batch.places_N)
+        flat_PH = embedded_BLH.flatten(0, 1).index_copy(0, batch.block_at_N, blocks_NH.to(embedded_BLH.dtype))
+        return flat_PH.view_as(embedded_BLH)
+
+    def states(self, batch: Batch) -> torch.Tensor:
+        """The trunk's state after every position: (P, H)."""
+        return self.model(inputs_embeds=self.embed(batch), use_cache=False).last_hidden_state.flatten(0, 1)
+
+
+class BlockEmbedding(nn.Module):
+    """A block of codes at a place as one input of the trunk."""
+
+    def __init__(self, config: BlockEmu3Config):
+        super().__init__()
+        self.codes = nn.Embedding(config.codebook_size, config.code_dim)
+        # One matrix over all codes of the block at once: each place within the block has its own part of it.
+        self.merge = nn.Linear(config.codes_per_block * config.code_dim, config.hidden_size, bias=False)
+        self.places = nn.Embedding(config.num_places, config.hidden_size)
+
+    def forward(self, codes_NC: torch.Tensor, places_N: torch.Tensor) -> torch.Tensor:
+        return self.merge(self.codes(codes_NC).flatten(1)) + self.places(places_N)
+
+
+class DepthDecoder(nn.Module):
+    """A small causal transformer over the codes of one block, started by the trunk's state."""
+
+    def __init__(self, config: BlockEmu3Config):
+        super().__init__()
+        size = config.depth_size
+        self.state = nn.Linear(config.hidden_size, size, bias=False)
+        self.codes = nn.Embedding(config.codebook_size, size)
+        self.slots = nn.Embedding(config.codes_per_block, size)
+        self.layers = nn.ModuleList(DepthLayer(size, config.depth_heads) for _ in range(config.depth_layers))
+        self.norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
+        self.head = nn.Linear(size, config.codebook_size, bias=False)
+
+    def forward(self, states_NH: torch.Tensor, codes_NC: torch.Tensor) -> torch.Tensor:
+        """Logits of each code given the state and the codes before it: (N, C, codebook_size)."""
+        return self._logits(states_NH, codes_NC[:, :-1])
+
+    @torch.no_grad()
+    def write(self, states_NH: torch.Tensor, choose: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Write blocks, one code after another: int64 (N, C). choose: logits (N, codebook_size) -> codes (N,)."""
+        codes = torch.empty(len(states_NH), 0, dtype=torch.long, device=states_NH.device)
+        for _ in range(self.slots.num_embeddings):
+            chosen = choose(self._logits(states_NH, codes)[:, -1])
+            codes = torch.cat([codes, chosen[:, None]], dim=1)
+        return codes
+
+    def _logits(self, states_NH: torch.Tensor, before_NK: torch.Tensor) -> torch.Tensor:
+        """Logits of the first K + 1 codes given the first K."""
+        state_ND = self.state(states_NH)
+        # The state joins every slot, not the first alone: a path past attention for what the whole block shares.
+        inputs = torch.cat([torch.zeros_like(state_ND)[:, None], self.codes(before_NK)], dim=1)
+        hidden = inputs + state_ND[:, None] + self.slots.weight[: inputs.shape[1]]
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return self.head(self.norm(hidden))
+
+
+class DepthLayer(nn.Module):
+    """Pre-norm causal attention and a squared-ReLU MLP."""
+
+    def __init__(self, size: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.RMSNorm(size, eps=1e-5)
+        self.qkv = nn.Linear(size, 3 * size, bias=False)
+        self.out = nn.Linear(size, size, bias=False)
+        self.mlp_norm = nn.RMSNorm(size, eps=1e-5)
+        self.up = nn.Linear(size, 4 * size, bias=False)
+        self.down = nn.Linear(4 * size, size, bias=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        query, key, value = self.qkv(self.attention_norm(hidden)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        hidden = hidden + self.out(attended.transpose(1, 2).flatten(2))
+        return hidden + self.down(F.relu(self.up(self.mlp_norm(hidden))).square())
+
+
+def token_losses(
+    model: BlockEmu3ForCausalLM, states_PH: torch.Tensor, targets_P: torch.Tensor, smoothing: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cross-entropy of the supervised ids, over the head's ids alone (vision codes have their own head).
+
+    Returns losses float32 (M,), their targets int64 (M,), and whether the likeliest id was right, bool (M,).
+    """
+    at = (targets_P != IGNORE).nonzero().squeeze(1)
+    targets = targets_P[at]
+    logits = model.lm_head(states_PH[at]).float()
+    losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+    return losses, targets, logits.detach().argmax(dim=1) == targets
+
+
+def block_losses(model: BlockEmu3ForCausalLM, states_PH: torch.Tensor, batch: Batch, chosen: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of every code of the chosen blocks, float32 (len(chosen), C). chosen: int64, indices into the batch's N blocks."""
+    codes = batch.codes_NC[chosen]
+    # Never negative: a document opens with <bos> and an image with its begin token, so a block always has a position before it.
+    logits = model.depth(states_PH[batch.block_at_N[chosen] - 1], codes)
+    return F.cross_entropy(logits.float().flatten(0, 1), codes.flatten(), reduction="none").view_as(codes)

@@ -1,0 +1,349 @@
+"""Next-token prediction on a token store.
+
+    emu3-vla train tokens=outputs/tokenize/first output_dir=outputs/train/first
+    emu3-vla train preset=debug tokens=... output_dir=...
+
+Every step: a batch that depends on (seed, step) alone → summed losses per kind of token → their weighted means over all processes →
+one clipped AdamW step → the weights' moving average. A run that was killed and started again ends with the same losses and weights as
+one that was not. Runs in `processes` processes of one thread each, or in those that torchrun started.
+
+Leaves in output_dir: policy/ (the checkpoint folder, averaged weights), metrics.jsonl, state/ (to resume).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from emu3_vla import checkpoint
+from emu3_vla.documents import Batch
+from emu3_vla.model import BlockEmu3ForCausalLM, build_config
+from emu3_vla.training import figures as figures_of
+from emu3_vla.training import processes, state
+from emu3_vla.training.figures import Figures, LossConfig
+from emu3_vla.training.optimizer import FlatAdamW, OptimizerConfig
+from emu3_vla.training.source import Source, open_source
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSizes:
+    """Sizes of the decoder; the names are Emu3TextConfig's and BlockEmu3Config's."""
+
+    hidden_size: int = 256
+    intermediate_size: int = 768
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 4
+    hidden_act: str = "relu2"
+    dropout: float = 0.0  # of attention weights and of what each layer adds
+    rope_theta: float = 10_000.0
+    max_position_embeddings: int = 2048
+    block_size: int = 4  # a trunk position carries block_size² vision codes
+    code_dim: int = 64
+    depth_size: int = 128
+    depth_layers: int = 2
+    depth_heads: int = 4
+
+    def __post_init__(self):
+        for heads, size in (("num_attention_heads", "hidden_size"), ("depth_heads", "depth_size")):
+            if getattr(self, size) % getattr(self, heads):
+                raise ValueError(f"model.{size}={getattr(self, size)} is no multiple of model.{heads}={getattr(self, heads)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout is {self.dropout}, expected at least 0 and below 1")
+
+    def arguments(self) -> dict[str, Any]:
+        """As keyword arguments of model.build_config."""
+        values = dataclasses.asdict(self)
+        rope = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
+        values.pop("block_size")  # the vocabulary's
+        return values | {"attention_dropout": values.pop("dropout"), "rope_parameters": rope}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Raises ValueError for values that cannot work."""
+
+    tokens: str  # folder of a token store
+    output_dir: str = ""
+    seed: int = 0
+    steps: int = 2000
+    batch_size: int = 64  # documents a step, over all processes
+    chunks: int = 3  # most chunks of a document, so up to chunks - 1 past ones
+    history: int = -1  # past chunks that the policy shows when acting; -1: chunks - 1
+    processes: int = 1  # one thread each
+    precision: str = "bf16"  # of weights in use, activations and gradients; masters, moments and average are float32 always
+    compile: bool = False  # needs a C++ compiler; about 15 s once, then faster steps
+    init_from: str = ""  # a checkpoint folder whose weights to start from
+    validation_fraction: float = 0.05  # of the shards
+    validation_documents: int = 256
+    validate_every: int = 500
+    checkpoint_every: int = 200
+    log_every: int = 10
+    model: ModelSizes = field(default_factory=ModelSizes)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+
+    def __post_init__(self):
+        positive = ("steps", "batch_size", "chunks", "processes", "validation_documents")
+        for name in (*positive, "validate_every", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.precision not in DTYPES:
+            raise ValueError(f"precision is {self.precision!r}, expected one of {', '.join(DTYPES)}")
+        if not -1 <= self.history < self.chunks:
+            raise ValueError(f"history is {self.history}, expected -1 to {self.chunks - 1} with chunks={self.chunks}")
+        if self.batch_size % self.processes:
+            raise ValueError(f"batch_size={self.batch_size} is no multiple of processes={self.processes}")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction is {self.validation_fraction}, expected between 0 and 1")
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss or the gradient became NaN or infinite."""
+
+
+def main(config: TrainConfig) -> None:
+    """Train, or go on where an earlier call with the same output_dir was cut off. Prints the checkpoint folder."""
+    if config.compile and not (shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")):
+        raise ValueError("compile=true needs a C++ compiler, and none of g++, clang++, c++ is on the path; use compile=false")
+    source = open_source(config.tokens, config.model.block_size)  # a wrong path ends here, not in a child process
+    if config.processes > 1:
+        del source
+    policy = Path(config.output_dir) / "policy"
+    if not policy.exists():
+        processes.run(train, config.processes, config)
+    if processes.rank() == 0:
+        print(policy)
+
+
+def train(config: TrainConfig) -> None:
+    """The loop itself, in every process."""
+    torch.set_num_threads(1)
+    output, leads = Path(config.output_dir), processes.rank() == 0
+    console = Console(quiet=not leads)
+    source = open_source(config.tokens, config.model.block_size)
+    stream, held_out = source.streams(config)
+    validation = held_out.fixed(config.validation_documents)[processes.rank() :: processes.count()]
+
+    model = _new_model(config, source)
+    optimizer = FlatAdamW(model, config.optimizer, DTYPES[config.precision])
+    step = state.load(output / "state", optimizer)
+    metrics = _open_metrics(output / "metrics.jsonl", step, leads)
+    if config.compile:
+        for layer in model.model.layers:  # layer by layer: one graph serves all, and compiles in seconds
+            layer.compile(dynamic=True)
+    console.print(
+        f"{len(optimizer.master) / 1e6:.2f} M parameters; {len(stream)} documents an epoch, "
+        f"{config.steps * config.batch_size / len(stream):.1f} epochs; from step {step} to {config.steps}"
+    )
+    with _progress(console, disable=not leads) as progress:
+        bar = progress.add_task("train", total=config.steps, completed=step, status="")
+        running, pace = Figures.zero(), Pace()
+        measured: dict[str, float] = {}
+        while step < config.steps:
+            model.train()
+            batch = stream.batch(step, processes.rank(), processes.count())
+            rate = learning_rate(step, config)
+            learned, norm = _step(model, optimizer, batch, source, step, rate, config)
+            step += 1
+            running.add(learned)
+            pace.count(batch)
+
+            if step % config.log_every == 0 or step == config.steps:
+                record = {"step": step} | _rounded(running.over_processes().means()) | {"gradient_norm": round(norm, 4), "lr": rate}
+                metrics(record | pace.rates())
+                progress.update(bar, completed=step, status=_status(record | pace.rates()))
+                running, pace = Figures.zero(), Pace()
+            if step % config.validate_every == 0 or step == config.steps:
+                measured = _validate(model, optimizer, validation, source)
+                metrics({"step": step, "validation": measured})
+                console.print(f"step {step} held out: {_status(measured)}", soft_wrap=True)
+                pace = Pace()
+            if leads and (step % config.checkpoint_every == 0 or step == config.steps):
+                state.save(output / "state", step, optimizer)
+    if leads:
+        measured = measured or _last_validation(output / "metrics.jsonl")
+        _export(output / "policy", config, model, optimizer, source, measured)
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Linear warm-up, then a cosine down to `final_fraction` of the highest rate."""
+    optimizer = config.optimizer
+    warm = min(1.0, (step + 1) / max(1, optimizer.warmup_steps))
+    cosine = 0.5 * (1 + math.cos(math.pi * step / config.steps))
+    return optimizer.learning_rate * warm * (optimizer.final_fraction + (1 - optimizer.final_fraction) * cosine)
+
+
+def _step(
+    model: BlockEmu3ForCausalLM,
+    optimizer: FlatAdamW,
+    batch: Batch,
+    source: Source,
+    step: int,
+    rate: float,
+    config: TrainConfig,
+) -> tuple[Figures, float]:
+    """One optimiser step. Returns this process's figures and the gradient's norm. Raises TrainingDiverged."""
+    draws = torch.Generator().manual_seed(_seed(config.seed, step, processes.rank()))
+    torch.manual_seed(_seed(config.seed, step, processes.rank()))  # dropout
+    chosen = figures_of.choose_blocks(batch, config.loss.vision_loss_fraction, draws)
+    # Counted before the loss, so that each process weighs its sums as if it saw the whole batch.
+    tokens = processes.summed(figures_of.count_tokens(batch, chosen, source.vocabulary))
+    optimizer.zero_gradient()
+    sums, learned = figures_of.losses(model, batch, chosen, source.vocabulary, config.loss.label_smoothing)
+    figures_of.total(sums, tokens, config.loss).backward()
+    norm = optimizer.step(step, rate)
+    if not math.isfinite(norm):
+        raise TrainingDiverged(
+            f"step {step}: the gradient's norm is {norm}, mean losses {learned.means()}; nothing was updated. "
+            f"Lower optimizer.learning_rate={config.optimizer.learning_rate} or use precision=fp32, with a new output_dir"
+        )
+    return learned, norm
+
+
+def _seed(seed: int, step: int, rank: int) -> int:
+    return (seed * 1_000_003 + step) * 4_099 + rank
+
+
+def _new_model(config: TrainConfig, source: Source) -> BlockEmu3ForCausalLM:
+    torch.manual_seed(config.seed)
+    model_config = build_config(source.vocabulary, **config.model.arguments())
+    model = BlockEmu3ForCausalLM(model_config)
+    if config.init_from:
+        folder = Path(config.init_from) / checkpoint.MODEL
+        model.load_state_dict(checkpoint.load_weights(folder, model_config))
+    return model
+
+
+@torch.no_grad()
+def _validate(
+    model: BlockEmu3ForCausalLM, optimizer: FlatAdamW, batches: list[Batch], source: Source
+) -> dict[str, float]:
+    """Means over held-out documents, all their blocks included, with the averaged weights."""
+    model.eval()
+    sums = Figures.zero()
+    with optimizer.averaged():
+        for batch in batches:
+            _, part = figures_of.losses(model, batch, torch.arange(len(batch.codes_NC)), source.vocabulary)
+            sums.add(part)
+    return _rounded(sums.over_processes().means())
+
+
+def _export(
+    folder: Path,
+    config: TrainConfig,
+    model: BlockEmu3ForCausalLM,
+    optimizer: FlatAdamW,
+    source: Source,
+    measured: dict[str, float],
+) -> None:
+    history = config.chunks - 1 if config.history < 0 else config.history
+    policy = checkpoint.PolicySettings(
+        history=history, trained_history=config.chunks - 1, horizon=source.horizon, action_dim=source.action_dim
+    )
+    settings = dataclasses.asdict(config)
+    settings.pop("output_dir")
+    provenance = {
+        "command": "train",
+        "config": settings,
+        "seed": config.seed,
+        "git_commit": _git_commit(),
+        "token_store": source.manifest(),
+        "parameters": len(optimizer.master),
+        "held_out": measured,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    checkpoint.save(
+        folder,
+        config=model.config,
+        weights=optimizer.averaged_state(),
+        vocabulary=source.vocabulary,
+        tokenizers=source.folder,
+        policy=policy,
+        provenance=provenance,
+    )
+
+
+class Pace:
+    """Counts what passes and says how fast, over all processes (each gets an equal part of a batch)."""
+
+    def __init__(self):
+        self._began, self._chunks, self._positions, self._steps = time.monotonic(), 0, 0, 0
+
+    def count(self, batch: Batch) -> None:
+        self._chunks += batch.chunks * processes.count()
+        self._positions += batch.positions * processes.count()
+        self._steps += 1
+
+    def rates(self) -> dict[str, float]:
+        seconds = time.monotonic() - self._began
+        names = ("chunks_per_s", "positions_per_s", "step_s")
+        return {name: round(value, 3) for name, value in zip(names, self._rates(seconds), strict=True)}
+
+    def _rates(self, seconds: float) -> tuple[float, float, float]:
+        return self._chunks / seconds, self._positions / seconds, seconds / max(1, self._steps)
+
+
+def _status(record: dict[str, float]) -> str:
+    shown = ("loss_action", "action_accuracy", "loss_vision", "loss_text", "chunks_per_s", "positions_per_s")
+    names = ("action", "accuracy", "vision", "text", "chunks/s", "tokens/s")
+    return "  ".join(f"{name} {record[key]:.4g}" for key, name in zip(shown, names, strict=True) if key in record)
+
+
+def _rounded(values: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 5) for name, value in values.items()}
+
+
+def _progress(console: Console, disable: bool) -> Progress:
+    columns = (MofNCompleteColumn(), BarColumn(20), TextColumn("{task.fields[status]}"), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, disable=disable)
+
+
+def _open_metrics(path: Path, step: int, leads: bool) -> Callable[[dict], None]:
+    """Append lines of JSON to `path`, after dropping those of steps that are about to be taken again. Only the leading process writes."""
+    if not leads:
+        return lambda record: None
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(line + "\n" for line in kept))
+    temporary.replace(path)
+
+    def write(record: dict) -> None:
+        with path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    return write
+
+
+def _last_validation(path: Path) -> dict[str, float]:
+    """Figures of the last validation, for a run that was cut off between its last step and its export."""
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return next(record["validation"] for record in reversed(records) if "validation" in record)
+
+
+def _git_commit() -> str:
+    """Commit of the code that ran, '+changes' if it was edited since; 'unknown' outside a git checkout."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("+changes" if changed.strip() else "")

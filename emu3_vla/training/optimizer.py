@@ -1,0 +1,144 @@
+"""AdamW over flat buffers: float32 master weights, gradients, moments and an average, each one long tensor.
+
+The model computes in its own dtype (bfloat16 here) and its parameters and gradients are views of flat buffers too. So casting,
+all-reducing, clipping, stepping and averaging are a handful of calls over one tensor, instead of one per parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, its schedule, and the exponential moving average of the weights that validation and the policy use."""
+
+    learning_rate: float = 1.5e-3  # highest
+    warmup_steps: int = 100
+    final_fraction: float = 0.02  # of the highest rate, at the end of the cosine
+    beta1: float = 0.9
+    beta2: float = 0.97
+    weight_decay: float = 0.05  # of matrices; vectors and embeddings have none
+    gradient_clip: float = 1.0  # of the global norm
+    ema_decay: float = 0.998  # 0: no averaging
+
+    def __post_init__(self):
+        for name in ("learning_rate", "gradient_clip"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}, expected above 0")
+        for name in ("final_fraction", "beta1", "beta2", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}, expected at least 0 and below 1")
+        if self.warmup_steps < 0 or self.weight_decay < 0:
+            raise ValueError("optimizer.warmup_steps and optimizer.weight_decay must not be negative")
+
+
+class FlatAdamW:
+    """Owns a model's weights. P parameters in all; every flat tensor is (P,) and orders them as `names` does.
+
+    master, average, gradient: float32. working, working_gradient: in the dtype that the model computes in.
+    """
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig, dtype: torch.dtype):
+        self.config = config
+        decayed, others = _split(model)
+        self._parameters = [*decayed.values(), *others.values()]
+        self.names = [*decayed, *others]
+        self.shapes = [tuple(parameter.shape) for parameter in self._parameters]
+        self.master = torch.cat([parameter.detach().float().flatten() for parameter in self._parameters])
+        self.average = self.master.clone()
+        self.gradient = torch.zeros_like(self.master)
+        self.working = self.master.to(dtype)
+        self.working_gradient = torch.zeros_like(self.working)
+        # The parameters alone: model.to(dtype) would round the rotary frequencies too.
+        for parameter, weights, gradient in zip(
+            self._parameters, self._views(self.working), self._views(self.working_gradient), strict=True
+        ):
+            parameter.data, parameter.grad = weights, gradient
+        border = sum(parameter.numel() for parameter in decayed.values())
+        groups = []
+        for part, decay in ((slice(0, border), config.weight_decay), (slice(border, None), 0.0)):
+            tensor = nn.Parameter(self.master[part])  # shares memory with master
+            tensor.grad = self.gradient[part]
+            groups.append({"params": [tensor], "weight_decay": decay})
+        self._adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+    def zero_gradient(self) -> None:
+        self.working_gradient.zero_()
+
+    def step(self, step: int, learning_rate: float) -> float:
+        """Sum the gradients over all processes, clip, update. `step` counts from 0. Returns the gradient's norm before clipping.
+
+        A norm that is not finite changes nothing; the caller must look.
+        """
+        self.gradient.copy_(self.working_gradient)
+        if dist.is_initialized():
+            dist.all_reduce(self.gradient)
+        norm = self.gradient.norm().item()
+        if not torch.isfinite(torch.tensor(norm)):
+            return norm
+        self.gradient.mul_(min(1.0, self.config.gradient_clip / (norm + 1e-6)))
+        for group in self._adamw.param_groups:
+            group["lr"] = learning_rate
+        self._adamw.step()
+        # Early weights are far from the end's, so the average starts short and grows to its full length.
+        decay = min(self.config.ema_decay, (1 + step) / (10 + step)) if self.config.ema_decay else 0.0
+        self.average.lerp_(self.master, 1 - decay)
+        self.working.copy_(self.master)
+        return norm
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, the model computes with the averaged weights."""
+        self.working.copy_(self.average)
+        try:
+            yield
+        finally:
+            self.working.copy_(self.master)
+
+    def averaged_state(self) -> dict[str, torch.Tensor]:
+        """Averaged weights by name, float32, on the CPU."""
+        return {
+            name: view.clone().cpu() for name, view in zip(self.names, self._views(self.average), strict=True)
+        }
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that a resumed run needs, as named tensors."""
+        tensors = {"master": self.master, "average": self.average}
+        for number, group in enumerate(self._adamw.param_groups):
+            tensors |= {f"adamw.{number}.{key}": value for key, value in self._adamw.state[group["params"][0]].items()}
+        return tensors
+
+    def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Restore what `state` gave. Raises ValueError where the tensors are another model's."""
+        if tensors["master"].shape != self.master.shape:
+            raise ValueError(f"saved state has {len(tensors['master'])} weights, this model has {len(self.master)}")
+        self.master.copy_(tensors["master"])
+        self.average.copy_(tensors["average"])
+        self.working.copy_(self.master)
+        for number, group in enumerate(self._adamw.param_groups):
+            prefix = f"adamw.{number}."
+            moments = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            self._adamw.state[group["params"][0]] = moments
+
+    def _views(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        sizes = [parameter.numel() for parameter in self._parameters]
+        return [part.view(shape) for part, shape in zip(flat.split(sizes), self.shapes, strict=True)]
+
+
+def _split(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """Parameters that decay (matrices of linear layers) and the others, by name."""
+    matrices = {
+        f"{prefix}.weight" if prefix else "weight"
+        for prefix, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    named = dict(model.named_parameters())
+    decayed = {name: parameter for name, parameter in named.items() if name in matrices}
+    return decayed, {name: parameter for name, parameter in named.items() if name not in matrices}

@@ -1,0 +1,59 @@
+"""Several training processes on one machine, or those that torchrun started."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run(worker: Callable[..., None], processes: int, *arguments: Any) -> None:
+    """Call worker(*arguments) in `processes` processes joined by gloo; in this one alone if 1, or in torchrun's if it started us.
+
+    Children end when this process does, also by SIGKILL. Raises what a child raised, as torch.multiprocessing.ProcessRaisedException.
+    """
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+        try:
+            worker(*arguments)
+        finally:
+            dist.destroy_process_group()
+    elif processes == 1:
+        worker(*arguments)
+    else:
+        mp.spawn(_child, args=(processes, _free_port(), worker, arguments), nprocs=processes)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def count() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def summed(values: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes of a tensor, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def _child(rank: int, processes: int, port: int, worker: Callable[..., None], arguments: tuple) -> None:
+    method = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=processes)
+    try:
+        worker(*arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,158 @@
+"""The Emu3 policy: look, read the instruction, write the next action tokens, decode them to motion.
+
+    policy = Emu3Policy("policies/checkpoints/calvin-d")
+    policy.reset("open the drawer")
+    actions = policy.infer(observation)["actions"]     # float32 (10, 7)
+
+What the model reads is one document, as in training: the instruction, then up to `history` past chunks (both images and the actions
+that were written), then both images of now.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from emu3_vla.checkpoint import load
+from emu3_vla.documents import ActionChunk, Image, Segment, Text, collate, length_of
+from emu3_vla.generation.actions import ActionWriter
+from emu3_vla.generation.cache import CachedTrunk
+from envs.spec import GRIPPER_CLOSE, GRIPPER_OPEN
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# Longest instruction that is expected, in text ids; only the cache's size depends on it.
+MAX_TEXT_IDS = 256
+
+
+class Emu3Policy:
+    """A checkpoint folder as a policy; see policies.base.Policy.
+
+    history: past chunks shown; default: policy.yaml's. temperature: 0 takes the likeliest action id, above 0 draws, seeded by `reset`.
+    threads: of this process's tensor operations, which is process-wide; several simulators on one machine want 1 each.
+    dtype: "float32" or "bfloat16", of the model's arithmetic.
+    Raises what emu3_vla.load raises, and ValueError for an option that cannot be.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        history: int | None = None,
+        temperature: float = 0.0,
+        device: str = "cpu",
+        dtype: str = "float32",
+        threads: int = 1,
+        seed: int = 0,
+    ):
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+        if threads < 1:
+            raise ValueError(f"threads is {threads}, expected at least 1")
+        torch.set_num_threads(threads)
+        self.checkpoint = load(folder, device=device, dtype=DTYPES[dtype]).require_policy()
+        settings, vocabulary = self.checkpoint.policy, self.checkpoint.vocabulary
+        self.history = settings.history if history is None else history
+        if not 0 <= self.history <= settings.trained_history:
+            raise ValueError(f"history is {history}, expected 0 to {settings.trained_history}: {folder} was trained with no more")
+        self.name = Path(folder).resolve().name
+        self.requires = frozenset(grid.name for grid in vocabulary.images)
+        self._shape = {"horizon": settings.horizon, "action_dim": settings.action_dim}
+        grammar = self.checkpoint.action_tokenizer.grammar(**self._shape)
+        self._writer = ActionWriter(self.checkpoint.model, vocabulary, grammar, temperature)
+        # Every action id stands for at least one coefficient or half a two-byte one, so this many positions always suffice.
+        images = sum(1 + vocabulary.blocks(grid.name) for grid in vocabulary.images)
+        chunk = images + 2 + 2 * settings.horizon * settings.action_dim
+        self._trunk = CachedTrunk(self.checkpoint.model, 1 + MAX_TEXT_IDS + (self.history + 1) * chunk)
+        self._generator = torch.Generator(device)
+        self._seed = seed
+        self._text: Text | None = None
+        self._past: list[list[Segment]] = []  # segments of each chunk of this subtask that is still shown
+
+    def reset(self, instruction: str, *, task: str | None = None, seed: int | None = None) -> None:
+        """Start a subtask: forget the past chunks. Raises ValueError for an empty or overlong instruction. `task` is not looked at."""
+        if not instruction.strip():
+            raise ValueError("the instruction is empty; say in a sentence what the arm shall do")
+        ids = self.checkpoint.text_tokenizer.encode(instruction)
+        if len(ids) > MAX_TEXT_IDS:
+            raise ValueError(f"the instruction has {len(ids)} text ids, expected at most {MAX_TEXT_IDS}; shorten it: {instruction[:60]!r}...")
+        self._text, self._past = Text(ids), []
+        self._trunk.truncate(0)
+        self._generator.manual_seed(self._seed if seed is None else seed)
+
+    @torch.inference_mode()
+    def infer(self, observation: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Decide on the next chunk.
+
+        Returns "actions" float32 (horizon, 7); "token_ids" list; "entropy" list, nats per id; "probability" of the ids written;
+        "clipped", how many of the decoded values left [-1, 1]; "timing_s" by stage.
+        Raises ValueError before the first `reset` and for missing or wrong images, DecodingFailed if the model's output is not finite.
+        """
+        if self._text is None:
+            raise ValueError("infer was called before reset; tell the policy the instruction first")
+        timing: dict[str, float] = {}
+        with _timed(timing, "encode"):
+            images = self._look(observation)
+        with _timed(timing, "prefill"):
+            state_H = self._prefill(images)
+        with _timed(timing, "decode"):
+            written = self._writer.write(self._trunk, state_H, self._generator)
+        with _timed(timing, "detokenize"):
+            actions, clipped = self._actions(written.ids)
+        self._remember([*images, ActionChunk(written.ids)])
+        return {
+            "actions": actions,
+            "token_ids": written.ids,
+            "entropy": written.entropy,
+            "probability": written.probability,
+            "clipped": clipped,
+            "timing_s": timing,
+        }
+
+    def _look(self, observation: dict[str, np.ndarray]) -> list[Image]:
+        """Codes of the cameras' images, in stream order."""
+        images = []
+        for grid in self.checkpoint.vocabulary.images:
+            if grid.name not in observation:
+                raise ValueError(f"the observation has no {grid.name!r}, only {', '.join(sorted(observation))}; this policy requires it")
+            codes = self.checkpoint.vision_tokenizer.encode_camera(grid.name, np.asarray(observation[grid.name])[None])
+            images.append(Image(grid.name, codes[0].cpu().numpy()))
+        return images
+
+    def _prefill(self, images: list[Image]) -> torch.Tensor:
+        """State after "begin of action" of the document so far; computes only what the cache does not hold yet."""
+        model, vocabulary = self.checkpoint.model, self.checkpoint.vocabulary
+        document = [self._text, *(segment for chunk in self._past for segment in chunk), *images]
+        batch = collate([document], vocabulary).to(model.device)
+        embedded = model.embed(batch)[0, : length_of(document, vocabulary)]
+        begin = model.model.embed_tokens.weight[vocabulary.begin_action][None]
+        return self._trunk.extend(torch.cat([embedded, begin])[self._trunk.length :])[-1]
+
+    def _remember(self, chunk: list[Segment]) -> None:
+        """Add a chunk to the past. Where the oldest must go, all after the instruction moves, so the cache keeps that alone."""
+        self._past.append(chunk)
+        if len(self._past) > self.history:
+            self._past = self._past[len(self._past) - self.history :]
+            self._trunk.truncate(length_of([self._text], self.checkpoint.vocabulary))
+
+    def _actions(self, ids: list[int]) -> tuple[np.ndarray, int]:
+        """Actions of the ids: float32 (horizon, 7) within [-1, 1], and how many values had to be clipped to that."""
+        normalised = self.checkpoint.action_tokenizer.decode([ids], **self._shape)[0]
+        actions = self.checkpoint.normalizer.denormalize(normalised)
+        motion = actions[:, :-1]
+        clipped = int((np.abs(motion) > 1).sum())
+        gripper = np.where(actions[:, -1:] >= 0, GRIPPER_OPEN, GRIPPER_CLOSE)
+        return np.concatenate([motion.clip(-1, 1), gripper], axis=1).astype(np.float32), clipped
+
+
+@contextmanager
+def _timed(timing: dict[str, float], stage: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    timing[stage] = time.perf_counter() - began

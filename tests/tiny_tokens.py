@@ -1,0 +1,90 @@
+"""A tiny token store whose actions follow from its pictures and its instruction, so that a model can learn them in seconds."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from action_tokenizer import ActionNormalizer, FastTokenizer
+from emu3_vla.data.tokens import ACTION, NORMALIZER, TEXT, VISION, TokenizedEpisode, TokenStore
+from emu3_vla.text import TextTokenizer
+from emu3_vla.vision_tokenizer.light import LightConfig, LightTokenizer
+
+HORIZON, SPACING, FRAMES = 10, 5, 9
+WORDINGS = {"left": ["go left", "move to the left"], "right": ["go right", "move to the right"]}
+LIGHT = LightConfig(codebook_size=32, channels=(8, 8), encoder_blocks=(0, 0), decoder_blocks=(0, 0))
+
+
+def tiny_store(folder: Path, shards: int = 4, episodes_per_shard: int = 6) -> TokenStore:
+    """Write the store and return it."""
+    random = np.random.default_rng(0)
+    torch.manual_seed(0)
+    LightTokenizer(LIGHT).eval().save_pretrained(folder / VISION)
+    recorded = [[_episode(random) for _ in range(episodes_per_shard)] for _ in range(shards)]
+    normalizer = ActionNormalizer.fit(np.concatenate([episode["chunks"] for shard in recorded for episode in shard]))
+    normalizer.save(folder / NORMALIZER)
+    chunks = np.concatenate([normalizer.normalize(episode["chunks"]) for shard in recorded for episode in shard])
+    action = FastTokenizer.fit(chunks, scale=10, vocab_size=300)
+    action.save_pretrained(folder / ACTION)
+    text = TextTokenizer.fit([sentence for task in WORDINGS.values() for sentence in task], vocab_size=280)
+    text.save_pretrained(folder / TEXT)
+    metadata = {
+        "horizon": HORIZON,
+        "action_dim": 7,
+        "grids": {"static": [16, 16], "gripper": [12, 12]},
+        "codebook_size": LIGHT.codebook_size,
+        "action_vocab_size": action.vocab_size,
+        "text_vocab_size": text.vocab_size,
+        "wordings": WORDINGS,
+        "shards": list(range(shards)),
+        "source": {"totals": {"episodes": shards * episodes_per_shard}},
+    }
+    store = TokenStore.create(folder, metadata)
+    for index, shard in enumerate(recorded):
+        store.write_shard(index, [_tokenized(episode, index, action, normalizer) for episode in shard])
+    return store
+
+
+def _episode(random: np.random.Generator) -> dict:
+    """One motion per frame: its speed is what the picture shows, its direction what the instruction says."""
+    task = random.choice(list(WORDINGS))
+    speeds = random.integers(0, 4, FRAMES)
+    sign = 1 if task == "right" else -1
+    chunks = np.zeros((FRAMES, HORIZON, 7), np.float32)
+    chunks[:, :, 0] = sign * (0.1 + 0.2 * speeds[:, None]) * np.linspace(0.5, 1, HORIZON)
+    chunks[:, :, 1] = 0.2 * random.choice([-1, 1], FRAMES)[:, None]
+    chunks[:, :, 6] = np.where(speeds > 1, 1, -1)[:, None]
+    return {"task": task, "speeds": speeds, "chunks": chunks, "noise": random.integers(0, 4, (FRAMES, 16, 16))}
+
+
+def _tokenized(episode: dict, shard: int, action: FastTokenizer, normalizer: ActionNormalizer) -> TokenizedEpisode:
+    static = (8 * episode["speeds"][:, None, None] + episode["noise"]).astype(np.uint16)
+    return TokenizedEpisode(
+        task=episode["task"],
+        instruction=WORDINGS[episode["task"]][0],
+        shard=shard,
+        static_codes=static,
+        gripper_codes=static[:, :12, :12].copy(),
+        frame_step=np.arange(FRAMES) * SPACING,
+        action_ids=action.encode(normalizer.normalize(episode["chunks"])),
+        chunk_imitate=np.arange(FRAMES) != 3,
+    )
+
+
+def train(tokens: Path, output: Path, **options) -> Path:
+    """Train a tiny model and return its checkpoint folder."""
+    from emu3_vla.training.loop import main
+
+    main(config(tokens, output, **options))
+    return output / "policy"
+
+
+def config(tokens: Path, output: Path, **options):
+    """A TrainConfig that runs in seconds."""
+    from emu3_vla.training.loop import ModelSizes, OptimizerConfig, TrainConfig
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    small = ModelSizes(**sizes, code_dim=8, depth_size=32, depth_layers=1, depth_heads=2)
+    values = {"batch_size": 8, "validation_documents": 16, "validate_every": 4, "checkpoint_every": 2, "log_every": 1}
+    values |= {"optimizer": OptimizerConfig(warmup_steps=2), "model": small, "validation_fraction": 0.25}
+    return TrainConfig(tokens=str(tokens), output_dir=str(output), **(values | options))
