@@ -68,6 +68,13 @@ def main(config: TokenizeConfig) -> None:
     """Write the missing shards of the token store in output_dir. Prints its folder."""
     source = EpisodeStore.open(config.episodes)
     store = _open_or_start(config, source)
+    if store.missing_shards():
+        _write_missing(config, store)
+    print(store.path)
+
+
+def _write_missing(config: TokenizeConfig, store: TokenStore) -> None:
+    """Shards that are not there yet, in worker processes, with a live bar."""
     missing = store.missing_shards()
     columns = (
         TextColumn("tokenize"),
@@ -80,13 +87,12 @@ def main(config: TokenizeConfig) -> None:
     )
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")  # for the workers
     context = multiprocessing.get_context("spawn")
-    with Progress(*columns) as progress, context.Pool(max(1, min(config.workers, len(missing)))) as pool:
+    with Progress(*columns) as progress, context.Pool(min(config.workers, len(missing))) as pool:
         total = len(store.metadata["shards"])
         bar = progress.add_task("", total=total, completed=total - len(missing), frames=0)
         jobs = [(config.episodes, str(store.path), index) for index in missing]
         for frames in pool.imap_unordered(_tokenize_shard, jobs):
             progress.update(bar, advance=1, frames=progress.tasks[bar].fields["frames"] + frames)
-    print(store.path)
 
 
 def chunks_of(actions: np.ndarray, starts: np.ndarray, horizon: int) -> np.ndarray:

@@ -189,4 +189,7 @@ def _load_weights(tokenizer: nn.Module, path: Path) -> None:
         raise VisionTokenizerError(
             f"{path} does not fit its {CONFIG_FILE}: {wrong} is {found.get(wrong, 'absent')}, expected {expected.get(wrong, 'absent')}"
         )
+    broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise VisionTokenizerError(f"{path}: {broken[0]} holds NaN or infinity; the file is damaged or its training had diverged")
     tokenizer.load_state_dict(state)

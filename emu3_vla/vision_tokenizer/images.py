@@ -30,8 +30,10 @@ def resize(images: np.ndarray | torch.Tensor, size: int) -> torch.Tensor:
     if size < 1:
         raise ValueError(f"size is {size}, expected at least 1 pixel")
     images = images.permute(0, 3, 1, 2)
-    if tuple(images.shape[-2:]) == (size, size) or not len(images):
-        return images.new_empty(0, 3, size, size) if not len(images) else images
+    if not len(images):
+        return images.new_empty(0, 3, size, size)
+    if tuple(images.shape[-2:]) == (size, size):
+        return images
     return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
 
 
