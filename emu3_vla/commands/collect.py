@@ -125,7 +125,7 @@ def _play_chain(env, expert, rng: np.random.Generator, config: CollectConfig) ->
     condition, chain = _draw_chain(rng)
     robot_obs, scene_obs = _initial_state(condition, env.scene, rng, config)
     env.reset(options={"robot_obs": robot_obs, "scene_obs": scene_obs})
-    expert.target = None
+    expert.begin_chain()
     kept = []
     for task in chain:
         instruction = str(rng.choice(training_wordings()[task]))

@@ -23,7 +23,7 @@ DOWN = np.array([PI, 0, PI / 2])
 OPEN, CLOSE = 1.0, -1.0
 Actions = Iterator[np.ndarray]
 
-LOST_TARGET_M, LOST_TARGET_RAD = 0.03, 0.3
+LOST_TARGET_M, LOST_TARGET_RAD = 0.12, 1.2
 HELD_RADIUS_M = 0.045
 TABLE_EDGE_Y_M, TABLE_TOP_M = 0.03, 0.43
 
@@ -127,7 +127,7 @@ class ExpertPolicy:
         if self.target is not None:
             off_m = np.abs(self.target[:3] - self.tool[:3]).max()
             off_rad = np.abs(wrap(self.target[3:] - self.tool[3:])).max()
-        if self.target is None or off_m > 4 * LOST_TARGET_M or off_rad > 4 * LOST_TARGET_RAD:
+        if self.target is None or off_m > LOST_TARGET_M or off_rad > LOST_TARGET_RAD:
             self.target = self.tool.copy()
 
     # -- what is where
