@@ -3,6 +3,9 @@
 Imports numpy and tokenizers (and scipy, when something is encoded); never torch.
 """
 
+from action_tokenizer.base import ActionTokenizer
+from action_tokenizer.bins import BinTokenizer
+from action_tokenizer.chunks import chunks_of
 from action_tokenizer.errors import (
     ActionTokenizerError,
     BadActions,
@@ -19,10 +22,13 @@ __all__ = [
     "ActionGrammar",
     "ActionNormalizer",
     "ActionStatistics",
+    "ActionTokenizer",
     "ActionTokenizerError",
     "BadActions",
+    "BinTokenizer",
     "CoefficientOutOfRange",
     "FastTokenizer",
     "MalformedActionTokens",
     "TokenizerFilesError",
+    "chunks_of",
 ]

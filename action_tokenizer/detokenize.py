@@ -103,6 +103,26 @@ class TokenTable:
             fault(len(row), f"the list ends {expected - count} coefficients too early")
 
 
+def check_counts(ids: Sequence[Sequence[int]], *, expected: int, vocab_size: int) -> np.ndarray:
+    """Lists of exactly `expected` ids below `vocab_size`, one after another: int64 (N * expected,). Raises MalformedActionTokens."""
+    rows = _lists(ids)
+    for chunk, row in enumerate(rows):
+        if len(row) != expected:
+            raise MalformedActionTokens(
+                f"chunk {chunk}: {len(row)} ids, one a value, where {expected} are expected",
+                chunk=chunk, position=min(len(row), expected), expected=expected, actual=len(row),
+            )  # fmt: skip
+    flat = np.array(rows, np.int64).ravel()
+    unknown = np.flatnonzero((flat < 0) | (flat >= vocab_size))
+    if len(unknown):
+        chunk, position = divmod(int(unknown[0]), expected)
+        raise MalformedActionTokens(
+            f"chunk {chunk}, position {position}: id {flat[unknown[0]]} is not in the vocabulary of {vocab_size}",
+            chunk=chunk, position=position, expected=expected, actual=position,
+        )  # fmt: skip
+    return flat
+
+
 def _lists(ids: Sequence[Sequence[int]]) -> list[Sequence[int]]:
     """`ids` as a list of sequences of integers. Raises ActionTokenizerError for an empty batch or a bare list of ids."""
     if len(ids) == 0:

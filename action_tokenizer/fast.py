@@ -110,6 +110,15 @@ class FastTokenizer:
             bounds = (max(0, -bound - self.min_token), bound - self.min_token)
         return ActionGrammar(byte_transitions(self._token_bytes, *bounds), horizon=horizon, action_dim=action_dim)
 
+    def has_coefficients(self, coefficients: np.ndarray) -> np.ndarray:
+        """Whether each coefficient can be encoded: integers of any shape to bool of that shape."""
+        return np.isin(np.asarray(coefficients) - self.min_token, self._representable)
+
+    def covers(self, chunks) -> np.ndarray:
+        """Whether each chunk can be encoded as it is: real (N, T, A) to bool (N,). Raises BadActions."""
+        coefficients_NTA = dct.quantize(dct.check_chunks(chunks), self.scale)
+        return self.has_coefficients(coefficients_NTA).all(axis=(1, 2))
+
     @property
     def coefficient_range(self) -> tuple[int, int]:
         """Smallest and largest coefficient that can be encoded. Published vocabularies can have gaps between; `encode` refuses those."""
@@ -159,7 +168,7 @@ class FastTokenizer:
         return dct.dequantize(coefficients.reshape(-1, horizon, action_dim), self.scale)
 
     def _shape(self, horizon: int | None, action_dim: int | None) -> tuple[int, int]:
-        shape = (horizon or self.horizon, action_dim or self.action_dim)
+        shape = (self.horizon if horizon is None else horizon, self.action_dim if action_dim is None else action_dim)
         if None in shape:
             raise ActionTokenizerError("this tokenizer's files do not say its horizon and action_dim; pass both")
         if min(shape) < 1:

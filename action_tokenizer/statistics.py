@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,6 +97,17 @@ class ActionStatistics:
             high=actions_NA.max(axis=0),
             histograms=tuple(_Histogram.of(column) for column in actions_NA.T),
         )
+
+    @classmethod
+    def of_many(cls, parts: Iterable) -> ActionStatistics:
+        """Statistics of arrays (..., A) that come one after another, as from a store that is larger than memory."""
+        merged = None
+        for part in parts:
+            statistics = cls.of(part)
+            merged = statistics if merged is None else merged.merge(statistics)
+        if merged is None:
+            raise BadActions("no actions to gather statistics of")
+        return merged
 
     def merge(self, other: ActionStatistics) -> ActionStatistics:
         """Statistics of both sets of actions together. Raises BadActions for another number of dimensions."""
