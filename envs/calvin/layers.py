@@ -1,8 +1,8 @@
-"""The static camera of our own scenes, drawn in layers: what never moves is drawn once, what rests is drawn when it has moved.
+"""The static camera of our own scenes, drawn in layers: the table once, fixtures when moved, the rest always.
 
-PyBullet's CPU renderer pays for every covered pixel (about 0.25 µs), so the table is most of an image's price, and it never moves. Layers
-are put together by depth, pixel by pixel. The image is that of drawing everything at once, whatever was drawn before (where two surfaces
-are closer than a micrometre, either may be seen).
+PyBullet's CPU renderer pays for every covered pixel (about 0.25 µs), so the table is most of an image's price, and it
+never moves. Layers are put together by depth, pixel by pixel. The image is that of drawing everything at once, whatever
+was drawn before (where two surfaces are closer than a micrometre, either may be seen).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pybullet as pb
 from envs.calvin.scenes import StaticCamera
 
 NEAR_M = 1.5
-"""Nothing comes this close to the static camera. A near plane far out keeps depth exact to a micrometre; it moves no pixel."""
+"""Nothing comes this close to the static camera. A near plane far out keeps depth exact to a micrometre."""
 BACKDROP_RGB = (222, 226, 232)
 """Where nothing is: our scenes have no floor to be seen, it would be the dearest object of all."""
 
@@ -26,15 +26,17 @@ Layer = tuple[np.ndarray, np.ndarray]
 class LayeredCamera:
     """A camera that does not move, over one loaded scene.
 
-    fixed: parts (body, link) that never move. fixtures: parts that move now and then, all described by the `key` of `render`. Everything
-    else is a mover and drawn each time. A camera is for one loading of the scene: body numbers must stay valid.
+    fixed: parts (body, link) that never move. fixtures: parts that move now and then, all described by the `key` of
+    `render`. movers: everything else, drawn each time. A camera is for one loading of the scene.
     """
 
     def __init__(self, client: int, camera: StaticCamera, fixed: list[Part], fixtures: list[Part], movers: list[Part]):
         self.client, self.camera = client, camera
         self.fixed, self.fixtures, self.movers = fixed, fixtures, movers
         self.view = pb.computeViewMatrix(camera.look_from, camera.look_at, camera.up)
-        self.projection = pb.computeProjectionMatrixFOV(camera.fov_deg, camera.width / camera.height, NEAR_M, camera.far_m)
+        self.projection = pb.computeProjectionMatrixFOV(
+            camera.fov_deg, camera.width / camera.height, NEAR_M, camera.far_m
+        )
         self.background: Layer | None = None
         self.still: Layer | None = None
         self.still_key: Hashable = None
@@ -72,7 +74,14 @@ class LayeredCamera:
 def draw(client: int, width: int, height: int, view, projection) -> Layer:
     """uint8 RGB (H, W, 3) and PyBullet's raw depth float32 (H, W) in [0, 1], without shadows and segmentation."""
     _, _, rgba, depth, _ = pb.getCameraImage(
-        width, height, view, projection, shadow=0, flags=pb.ER_NO_SEGMENTATION_MASK, renderer=pb.ER_TINY_RENDERER, physicsClientId=client
+        width,
+        height,
+        view,
+        projection,
+        shadow=0,
+        flags=pb.ER_NO_SEGMENTATION_MASK,
+        renderer=pb.ER_TINY_RENDERER,
+        physicsClientId=client,
     )
     return np.reshape(rgba, (height, width, 4))[..., :3], np.reshape(depth, (height, width))
 

@@ -1,7 +1,7 @@
 """Low-polygon meshes, wood textures and URDF text: the pen and paper of `build_assets`.
 
-Everything is exact arithmetic on integers and short decimals, and images are stored uncompressed, so that the same inputs give the
-same bytes on every machine.
+Everything is exact arithmetic on integers and short decimals, and images are stored uncompressed, so that the same
+inputs give the same bytes on every machine.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 Point = tuple[float, float, float]
 
-# The atlas of a table: rows of one image, each a ramp of shades. Name → (first row, rows). A polygon is cut from one of them.
+# The atlas of a table: rows of one image, each a ramp of shades. Name → (first row, rows). A polygon is cut from one.
 ATLAS_WIDTH = 192
 SWATCHES = {"wood": (0, 88), "inside": (88, 56), "door": (144, 56), "metal": (200, 16), "groove": (216, 8)}
 ATLAS_HEIGHT = 224
@@ -25,7 +25,7 @@ SHADES = 48
 
 @dataclass
 class Mesh:
-    """Flat polygons (m), each cut from a swatch of the atlas; written as one OBJ, which PyBullet draws as one object."""
+    """Flat polygons (m), each cut from a swatch of the atlas; written as one OBJ, which is one object to draw."""
 
     polygons: list[tuple[tuple[Point, ...], str]] = field(default_factory=list)
 
@@ -54,8 +54,13 @@ class Mesh:
         for (y0, z0), (y1, z1) in zip(outline, outline[1:] + outline[:1], strict=True):
             self.polygon([(low_x, y0, z0), (low_x, y1, z1), (high_x, y1, z1), (high_x, y0, z0)], swatch)
 
-    def turned(self, profile: list[tuple[float, float]], sides: int, axis: str, centre: Point, swatch: str = "wood") -> None:
-        """Add a solid of revolution. profile: (radius, height) from bottom to top; axis: "y" or "z"; centre: where height is 0."""
+    def turned(
+        self, profile: list[tuple[float, float]], sides: int, axis: str, centre: Point, swatch: str = "wood"
+    ) -> None:
+        """Add a solid of revolution about `axis`, "y" or "z".
+
+        profile: (radius, height) from bottom to top; centre: where height is 0.
+        """
         rings = [[_around(radius, height, i / sides, axis, centre) for i in range(sides)] for radius, height in profile]
         for below, above in zip(rings, rings[1:], strict=False):
             for i in range(sides):
@@ -77,7 +82,10 @@ class Mesh:
         for index, (points, swatch) in enumerate(self.polygons):
             corners = [numbers.setdefault("v " + _decimals(p), len(numbers) + 1) for p in points]
             if material:
-                texture = [texture_numbers.setdefault("vt " + _decimals(t), len(texture_numbers) + 1) for t in _cut(points, swatch, index)]
+                texture = [
+                    texture_numbers.setdefault("vt " + _decimals(t), len(texture_numbers) + 1)
+                    for t in _cut(points, swatch, index)
+                ]
                 faces.append("f " + " ".join(f"{v}/{t}" for v, t in zip(corners, texture, strict=True)))
             else:
                 faces.append("f " + " ".join(map(str, corners)))
@@ -151,7 +159,7 @@ def _triangulated(faces: list[str]) -> list[str]:
 
 
 def _cut(points: tuple[Point, ...], swatch: str, index: int) -> list[tuple[float, float]]:
-    """Texture coordinates of a polygon: the grain runs along its longest side, and every polygon is another cut of the board."""
+    """Texture coordinates of a polygon: the grain runs along its longest side, each is another cut of the board."""
     array = np.array(points)
     along = array[1] - array[0]
     for start, end in zip(array, np.roll(array, -1, axis=0), strict=True):
@@ -175,14 +183,20 @@ def _cut(points: tuple[Point, ...], swatch: str, index: int) -> list[tuple[float
 
 
 def wood_atlas(ramps: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]], seed: int, rings: float) -> bytes:
-    """A table's atlas as PNG. ramps: swatch → darkest and lightest RGB; rings: growth rings over the height of a swatch."""
+    """A table's atlas as PNG. ramps: swatch → darkest and lightest RGB; rings: growth rings in a swatch of wood."""
     pixels = np.zeros((ATLAS_HEIGHT, ATLAS_WIDTH), dtype=np.uint8)
     palette = []
     for number, (swatch, (first, rows)) in enumerate(SWATCHES.items()):
-        grain = _grain(rows, seed * 16 + number, rings) if swatch in ("wood", "inside", "door") else np.full((rows, ATLAS_WIDTH), 0.5)
+        grain = (
+            _grain(rows, seed * 16 + number, rings)
+            if swatch in ("wood", "inside", "door")
+            else np.full((rows, ATLAS_WIDTH), 0.5)
+        )
         pixels[first : first + rows] = number * SHADES + np.minimum((grain * SHADES).astype(int), SHADES - 1)
         dark, light = ramps[swatch]
-        palette += [tuple(d + (b - d) * i // (SHADES - 1) for d, b in zip(dark, light, strict=True)) for i in range(SHADES)]
+        palette += [
+            tuple(d + (b - d) * i // (SHADES - 1) for d, b in zip(dark, light, strict=True)) for i in range(SHADES)
+        ]
     return png(pixels, palette)
 
 
@@ -197,7 +211,7 @@ def _grain(rows: int, seed: int, rings: float) -> np.ndarray:
 
 
 def _noise(x: np.ndarray, y: np.ndarray, seed: int) -> np.ndarray:
-    """Value noise in [0, 1) on an integer lattice. Integer hashing, so it is the same on every machine and library version."""
+    """Value noise in [0, 1) on an integer lattice, hashed in integers so that it is the same on every machine."""
     x0, y0 = np.floor(x).astype(np.int64), np.floor(y).astype(np.int64)
     fx, fy = x - x0, y - y0
     fx, fy = fx * fx * (3 - 2 * fx), fy * fy * (3 - 2 * fy)
@@ -244,7 +258,7 @@ def inertial(mass: float, xyz, inertia: tuple[float, ...]) -> str:
 
 def mesh_shape(tag: str, file: str, xyz=(0, 0, 0), rpy=(0, 0, 0), rgba=None) -> str:
     """<visual> or <collision> of a mesh file."""
-    return f"<{tag}>{origin(xyz, rpy)}<geometry><mesh filename=\"{file}\"/></geometry>{_material(rgba)}</{tag}>"
+    return f'<{tag}>{origin(xyz, rpy)}<geometry><mesh filename="{file}"/></geometry>{_material(rgba)}</{tag}>'
 
 
 def box_shape(tag: str, low: Point, high: Point, rgba=None) -> str:
@@ -266,14 +280,18 @@ def link(name: str, *parts: str) -> str:
     return "\n    ".join([f'  <link name="{name}">', *parts]) + "\n  </link>"
 
 
-def joint(name: str, kind: str, parent: str, child: str, xyz=(0, 0, 0), rpy=(0, 0, 0), axis=None, limit=None, extra: str = "") -> str:
+def joint(
+    name: str, kind: str, parent: str, child: str, xyz=(0, 0, 0), rpy=(0, 0, 0), axis=None, limit=None, extra: str = ""
+) -> str:
     """<joint>; limit: (lower, upper, effort, velocity)."""
     parts = [f'<parent link="{parent}"/><child link="{child}"/>', origin(xyz, rpy)]
     if axis is not None:
         parts.append(f'<axis xyz="{_numbers(axis)}"/>')
     if limit is not None:
         parts.append('<limit lower="{:.10g}" upper="{:.10g}" effort="{:.10g}" velocity="{:.10g}"/>'.format(*limit))
-    return "\n    ".join([f'  <joint name="{name}" type="{kind}">', *parts, *([extra] if extra else [])]) + "\n  </joint>"
+    return (
+        "\n    ".join([f'  <joint name="{name}" type="{kind}">', *parts, *([extra] if extra else [])]) + "\n  </joint>"
+    )
 
 
 def robot(name: str, *elements: str) -> str:

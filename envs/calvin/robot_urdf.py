@@ -1,7 +1,7 @@
 """Our robot description borrows the Panda's link meshes from the installed `pybullet_data` package, wherever that lies.
 
-PyBullet looks for a URDF's meshes beside the URDF alone (`setAdditionalSearchPath` is for URDF files only), so the description names
-its folders by two placeholders, and a copy with the real paths is written once per process.
+PyBullet looks for a URDF's meshes beside the URDF alone (`setAdditionalSearchPath` is for URDF files only), so the
+description names its folders by two placeholders, and a copy with the real paths is written once per process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ PYBULLET_DATA, ASSETS = "${pybullet_data}", "${assets}"
 def robot_urdf(folder: Path, name: str) -> str:
     """Path of the URDF `name` (relative to asset folder `folder`) that PyBullet can load.
 
-    A description without placeholders, such as calvin_env's, is used where it is. Raises FileNotFoundError for a mesh that is missing.
+    A description without placeholders, such as calvin_env's, is used where it is. Raises FileNotFoundError for a mesh
+    that is missing.
     """
     path = Path(folder) / name
     text = path.read_text()
@@ -31,7 +32,9 @@ def robot_urdf(folder: Path, name: str) -> str:
     for part in text.split('filename="')[1:]:
         mesh = Path(part.split('"')[0])
         if not mesh.is_file():
-            raise FileNotFoundError(f"{path} needs {mesh}, which does not exist; is pybullet (with pybullet_data) installed completely?")
+            raise FileNotFoundError(
+                f"{path} needs {mesh}, which does not exist; is pybullet (with pybullet_data) installed completely?"
+            )
     temporary = Path(tempfile.mkdtemp(prefix="emu3_vla_robot_"))
     atexit.register(shutil.rmtree, temporary, ignore_errors=True)
     resolved = temporary / path.name
