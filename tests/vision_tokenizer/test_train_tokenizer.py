@@ -1,0 +1,169 @@
+"""`train-tokenizer`: learns, and a killed run ends where an unbroken one does."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from emu3_vla.data.episodes import EpisodeStore
+from emu3_vla.vision_tokenizer import VisionTokenizer, VisionTokenizerError
+from emu3_vla.vision_tokenizer.light import LightConfig
+from emu3_vla.vision_tokenizer.losses import LossConfig, foreground, psnr, reconstruction_loss
+from emu3_vla.vision_tokenizer.muon import orthogonalise
+from emu3_vla.vision_tokenizer.train import TrainingDiverged, TrainTokenizerConfig, main
+from envs.spec import Episode
+
+
+def scene(random: np.random.Generator, size: int) -> np.ndarray:
+    """A wooden table with a coloured block somewhere."""
+    image = np.full((size, size, 3), (150, 110, 70), np.uint8)
+    image[:, ::8] = (120, 90, 60)
+    row, column = random.integers(0, size * 3 // 4, 2)
+    image[row : row + size // 5, column : column + size // 5] = random.choice([(200, 30, 30), (30, 60, 200), (240, 130, 190)])
+    return image
+
+
+@pytest.fixture(scope="module")
+def episodes(tmp_path_factory):
+    random = np.random.default_rng(0)
+    store = EpisodeStore.create(tmp_path_factory.mktemp("train") / "episodes", {"wordings": {}})
+    for shard in range(3):
+        frames = 24
+        episode = Episode(
+            task="push",
+            instruction="push",
+            actions=np.zeros((frames, 7), np.float32),
+            robot_obs=np.zeros((frames, 15)),
+            scene_obs=np.zeros((frames, 24)),
+            imitate=np.ones(frames, bool),
+            frame_step=np.arange(frames),
+            rgb_static=np.stack([scene(random, 200) for _ in range(frames)]),
+            rgb_gripper=np.stack([scene(random, 84) for _ in range(frames)]),
+        )
+        store.write_shard(shard, [episode])
+    return store.path
+
+
+SMALL = LightConfig(
+    codebook_size=32,
+    channels=(16, 24),
+    encoder_blocks=(0, 1),
+    decoder_blocks=(0, 1),
+    image_sizes={"rgb_static": 64, "rgb_gripper": 48},
+)
+
+
+def config_for(episodes, folder, **options) -> TrainTokenizerConfig:
+    values = dict(steps=60, batch_size=4, warmup_steps=5, quantise_from=10, kmeans_images=8, revive_every=5, threads=1)
+    values |= dict(max_frames=100, validation_frames=8, validate_every=20, checkpoint_every=7, learning_rate=4e-3, model=SMALL)
+    return TrainTokenizerConfig(episodes=str(episodes), output_dir=str(folder), **values | options)
+
+
+def run(config: TrainTokenizerConfig) -> None:
+    os.makedirs(config.output_dir, exist_ok=True)
+    threads = torch.get_num_threads()
+    try:
+        main(config)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def unbroken(episodes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    run(config_for(episodes, folder))
+    return folder
+
+
+def lines(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_it_learns_and_says_so(unbroken):
+    records = lines(unbroken)
+    validations = [record["validation"] for record in records if "validation" in record]
+    assert len(validations) == 3
+    for camera in ("rgb_static", "rgb_gripper"):
+        assert validations[-1][camera]["psnr_db"] > validations[0][camera]["psnr_db"] + 0.5
+        assert validations[-1][camera]["codes_used"] > 0.3 and validations[-1][camera]["perplexity"] > 3
+    losses = [record["loss"] for record in records if "loss" in record]
+    assert losses[-1] < losses[0]
+    assert len(list((unbroken / "pictures").glob("rgb_*_*.png"))) == 6
+    assert VisionTokenizer.from_pretrained(unbroken / "vision_tokenizer").image_sizes == SMALL.image_sizes
+
+
+def test_a_killed_run_ends_where_an_unbroken_one_does(episodes, unbroken, tmp_path):
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    code = (
+        "import importlib.util; "
+        f"spec = importlib.util.spec_from_file_location('training_case', {__file__!r}); "
+        "case = importlib.util.module_from_spec(spec); spec.loader.exec_module(case); "
+        f"case.main(case.config_for({str(episodes)!r}, {str(folder)!r}))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 60
+    while not (folder / "state.safetensors").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "vision_tokenizer").exists()
+    run(config_for(episodes, folder))
+    name = "vision_tokenizer/model.safetensors"
+    assert (folder / name).read_bytes() == (unbroken / name).read_bytes()
+    timeless = [{key: value for key, value in record.items() if key != "images_per_s"} for record in lines(folder)]
+    assert timeless == [{key: value for key, value in record.items() if key != "images_per_s"} for record in lines(unbroken)]
+
+
+def test_errors_are_named(episodes, tmp_path):
+    with pytest.raises(ValueError, match="quantise_from=60 must be below steps=60"):
+        config_for(episodes, tmp_path, quantise_from=60)
+    with pytest.raises(ValueError, match="precision is 'fp16'"):
+        config_for(episodes, tmp_path, precision="fp16")
+    with pytest.raises(ValueError, match="threads is 0"):
+        config_for(episodes, tmp_path, threads=0)
+    (tmp_path / "state.safetensors").write_bytes(b"half")
+    with pytest.raises(VisionTokenizerError, match="state.safetensors is damaged .* delete it to start afresh"):
+        run(config_for(episodes, tmp_path))
+
+
+def test_divergence_stops_the_run(episodes, tmp_path):
+    config = config_for(episodes, tmp_path, learning_rate=1e30, muon_learning_rate=1e30, warmup_steps=0, precision="fp32")
+    with pytest.raises(TrainingDiverged, match="lower learning_rate=1e[+]30"):
+        run(config)
+    assert not (tmp_path / "vision_tokenizer").exists()
+
+
+def test_foreground_counts_more():
+    median = torch.zeros(3, 8, 8)
+    pixels = torch.zeros(1, 3, 8, 8)
+    pixels[..., :4] = 0.8
+    near, far = pixels.clone(), pixels.clone()
+    near[..., 7] += 0.1
+    far[..., 0] += 0.1
+    even, uneven = LossConfig(foreground=0.0, gradient=0.0), LossConfig(gradient=0.0)
+    assert torch.isclose(reconstruction_loss(near, pixels, median, even), reconstruction_loss(far, pixels, median, even))
+    assert reconstruction_loss(far, pixels, median, uneven) > 4 * reconstruction_loss(near, pixels, median, uneven)
+    assert foreground(pixels, median, 0.25)[0, 0, 0].tolist() == [1.0] * 4 + [0.0] * 4
+    with pytest.raises(ValueError, match="must not be negative"):
+        dataclasses.replace(even, commitment=-1.0)
+
+
+def test_psnr_of_a_known_error():
+    pixels = torch.zeros(1, 3, 4, 4)
+    assert psnr(pixels + 0.2, pixels) == pytest.approx(20.0, abs=1e-4)  # 0.1 of the range [0, 1]
+
+
+@pytest.mark.parametrize("shape", [(8, 72), (72, 8), (16, 16)])
+def test_orthogonalised_matrices_have_singular_values_near_one(shape):
+    values = torch.linalg.svdvals(orthogonalise(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+    assert 0.5 < values.min() and values.max() < 1.3
+    assert torch.equal(orthogonalise(torch.zeros(shape)), torch.zeros(shape))
