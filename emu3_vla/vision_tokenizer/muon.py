@@ -41,12 +41,20 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
-    """The matrix (m, n) with its singular values moved to about one (0.7 to 1.2), in bfloat16 inside. Zero stays zero."""
+    """The matrix (m, n) with its singular values moved to about one (0.7 to 1.2). Zero stays zero.
+
+    Every factor of the iteration is a polynomial of the small Gram matrix, and those commute: so it runs on (m, m) alone and touches the
+    wide matrix twice, which for kernels nine times as wide as high is two thirds of the time.
+    """
     a, b, c = COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.mT if tall else matrix).bfloat16()
+    x = matrix.mT if tall else matrix
     x = x / (x.norm() + 1e-7)
+    gram, product = x @ x.mT, torch.eye(len(x), dtype=x.dtype, device=x.device)
     for _ in range(ITERATIONS):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).to(matrix.dtype)
+        factor = b * gram + c * (gram @ gram)
+        factor.diagonal().add_(a)
+        product = factor @ product
+        gram = factor @ gram @ factor
+    x = product @ x
+    return x.mT if tall else x

@@ -44,9 +44,9 @@ class TrainTokenizerConfig:
     episodes: str  # folder of an episode store
     output_dir: str = ""
     seed: int = 0
-    steps: int = 4000
-    batch_size: int = 16  # images of each camera a step
-    learning_rate: float = 2e-3  # Adam's highest; warmed up, then a cosine down to a fiftieth
+    steps: int = 6000
+    batch_size: int = 8  # images of each camera a step
+    learning_rate: float = 6e-3  # Adam's highest; warmed up, then a cosine down to a fiftieth
     muon_learning_rate: float = 0.02  # the same for Muon, which has the residual blocks' kernels
     warmup_steps: int = 100
     gradient_clip: float = 1.0
