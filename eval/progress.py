@@ -38,6 +38,13 @@ class LiveLine:
         elif time.monotonic() - self.last > PRINT_EVERY_S:
             self._print()
 
+    def leave(self, text: str) -> None:
+        """Print a line that stays, above the live one."""
+        if self.live:
+            self.live.console.print(Text(text))
+        else:
+            print(text, file=sys.stderr, flush=True)
+
     def _print(self) -> None:
         if self.text != self.printed:
             print(self.text, file=sys.stderr, flush=True)

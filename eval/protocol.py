@@ -37,9 +37,12 @@ OFFICIAL: dict[str, Any] = {
 
 
 def used_protocol(
-    *, chains: int, max_steps: int, tasks: int, scene: str, own_assets: bool, version: str, own_sentences: bool
+    *, chains: int | str, max_steps: int, tasks: int, scene: str, own_assets: bool, version: str, own_sentences: bool
 ) -> dict[str, Any]:
-    """The protocol as an evaluation followed it: the fields of OFFICIAL with what was used instead."""
+    """The protocol as an evaluation followed it: the fields of OFFICIAL with what was used instead.
+
+    chains: how many of the official ones, from the first on; or, where they were chosen otherwise, which, in words.
+    """
     return OFFICIAL | {
         "chains": chains,
         "max_steps": max_steps,
@@ -65,8 +68,12 @@ _WORDING = {
 def deviations(used: dict[str, Any], errors: int = 0) -> list[str]:
     """Each difference from the official protocol in words; empty when there is none. errors: chains left out because they broke."""
     found = [
-        _WORDING[key].format(used=used[key], official=official) for key, official in OFFICIAL.items() if used[key] != official
+        _WORDING[key].format(used=used[key], official=official)
+        for key, official in OFFICIAL.items()
+        if used[key] != official
     ]
+    if isinstance(used["chains"], str):
+        found[0] = f"{used['chains']} for the {OFFICIAL['chains']} official chains"
     if errors:
         found.append(f"{errors} chain{'s' if errors > 1 else ''} broke by an error and {'are' if errors > 1 else 'is'} left out")
     return found

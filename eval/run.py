@@ -21,15 +21,14 @@ from typing import Any
 
 import policies
 from envs.calvin.tasks import TASKS
-from eval.environment import EnvConfig, renderer
+from eval.environment import EnvConfig
 from eval.progress import LiveLine, duration
-from eval.protocol import MAX_STEPS, deviations, load_instructions, select_chains, used_protocol
-from eval.provenance import git_commit, policy_provenance, versions
-from eval.sequences import CHAIN_LENGTH, OFFICIAL_CHAINS
-from eval.statistics import summarise
+from eval.protocol import MAX_STEPS, load_instructions, select_chains, used_protocol
+from eval.results import REPORT_FILE, RESULTS_FILE, assemble, error_message, headline, write_json
+from eval.sequences import OFFICIAL_CHAINS
 from eval.workers import Job, run_chains
 
-CHAINS_FILE, RESULTS_FILE, REPORT_FILE = "chains.jsonl", "results.json", "report.html"
+CHAINS_FILE = "chains.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,20 +86,8 @@ def main(config: EvalConfig) -> None:
 
         run_chains(job, remaining, config.eval.workers, finished, meter.ticked)
         outcomes = [log.latest[index] for index, _ in chains]
-    results = assemble(config, outcomes, wall_s=time.perf_counter() - began)
-    write_json(folder / RESULTS_FILE, results)
-    write_report(results, folder / REPORT_FILE)
-    print(headline(results))
-    for name in (RESULTS_FILE, REPORT_FILE):
-        print(folder / name)
-    if results["errors"]:
-        raise SystemExit(_error_message(results))
-
-
-def assemble(config: EvalConfig, chains: list[dict[str, Any]], wall_s: float) -> dict[str, Any]:
-    """results.json as a dictionary. chains: in the order of the protocol. wall_s: this invocation's duration."""
     used = used_protocol(
-        chains=config.eval.num_sequences,
+        chains=len(chains),
         max_steps=config.eval.max_steps,
         tasks=len(set(config.eval.tasks)) or len(TASKS),
         scene=config.env.scene,
@@ -108,64 +95,22 @@ def assemble(config: EvalConfig, chains: list[dict[str, Any]], wall_s: float) ->
         version=config.env.version,
         own_sentences=not config.eval.annotations,
     )
-    summary = summarise(chains, config.seed, CHAIN_LENGTH)
-    return {
-        "policy": config.policy,
-        "num_sequences": len(chains),
-        **summary,
-        "protocol": used,
-        "deviations": deviations(used, summary["errors"]),
-        "seed": config.seed,
-        "scene": config.env.scene,
-        "assets": config.env.assets_name,
-        "calvin_env": config.env.version,
-        **facts(config.policy),
-        "config": asdict(config) | {"output_dir": ""},
-        "timing": timing(chains, wall_s),
-        "chains": chains,
-    }
-
-
-def facts(policy: str) -> dict[str, Any]:
-    """What a result says of the software that made it."""
-    return {
-        "renderer": renderer(),
-        "git_commit": git_commit(),
-        "versions": versions(),
-        "policy_provenance": policy_provenance(policy),
-    }
-
-
-def timing(chains: list[dict[str, Any]], wall_s: float) -> dict[str, float | int | None]:
-    """Steps, seconds and rates over all attempts. Seconds of chains are their own; `wall_s` is the last invocation's."""
-    attempts = [attempt for chain in chains for attempt in chain["attempts"]]
-    decisions, policy_s = sum(a["decisions"] for a in attempts), sum(a["policy_seconds"] for a in attempts)
-    steps, seconds = sum(chain["steps"] for chain in chains), sum(chain["seconds"] for chain in chains)
-    return {
-        "steps": steps,
-        "decisions": decisions,
-        "chain_s": seconds,
-        "policy_s": policy_s,
-        "wall_s": wall_s,
-        "steps_per_s_and_worker": steps / seconds if seconds else None,
-        "decision_ms": 1000 * policy_s / decisions if decisions else None,
-    }
-
-
-def headline(results: dict[str, Any]) -> str:
-    """One line: average length, interval, chains, and whether the protocol was followed."""
-    if results["average_length"] is None:
-        return f"no chain was scored: all {results['errors']} ended by an error"
-    low, high = results["ci95"]["average_length"]
-    text = f"average length {results['average_length']:.3f} (95 % interval {low:.3f} to {high:.3f}, {results['scored']} chains)"
-    return text + (f"; deviates from {results['protocol']['name']}: {'; '.join(results['deviations'])}" if results["deviations"] else "")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    temporary.replace(path)
+    results = assemble(
+        outcomes,
+        policy=config.policy,
+        env=config.env,
+        used=used,
+        seed=config.seed,
+        config=asdict(config),
+        wall_s=time.perf_counter() - began,
+    )
+    write_json(folder / RESULTS_FILE, results)
+    write_report(results, folder / REPORT_FILE)
+    print(headline(results))
+    for name in (RESULTS_FILE, REPORT_FILE):
+        print(folder / name)
+    if results["errors"]:
+        raise SystemExit(error_message(results) + " (the same command tries them again)")
 
 
 class ChainLog:
@@ -244,12 +189,3 @@ class _Meter:
         errors = f" · {self.errors} errors" if self.errors else ""
         rate = self.steps / seconds if seconds > 1 else 0
         self.line.show(f"chains {done}/{self.total} · average length {average} · {rate:.0f} steps/s · {left} left{errors}")
-
-
-def _error_message(results: dict[str, Any]) -> str:
-    broken = [chain for chain in results["chains"] if chain["error"]]
-    first = broken[0]["error"]
-    return (
-        f"emu3-vla: {len(broken)} of {results['num_sequences']} chains ended by an error and are not scored; "
-        f"chain {broken[0]['index']}: {first['type']}: {first['message']} (the same command tries them again)"
-    )

@@ -8,7 +8,7 @@ Source: CALVIN (arXiv 2112.03227), mees/calvin calvin_models/calvin_agent/evalua
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any
 
@@ -205,6 +205,14 @@ def is_valid_chain(condition: Condition, tasks: tuple[str, ...]) -> bool:
             return False
         state = following[0]
     return True
+
+
+def is_possible(condition: Condition, tasks: Sequence[str]) -> bool:
+    """Whether the tasks can be done one after another, each in some way, starting from `condition`."""
+    states = [condition]
+    for task in tasks:
+        states = [state | effect for state in states for needs, effect in _RULES[task] if _holds(state, needs)]
+    return bool(states)
 
 
 def kind_of(task: str) -> str:
