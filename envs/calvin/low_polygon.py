@@ -109,7 +109,7 @@ def hulls_obj(hulls: list[list[Point]]) -> str:
 def convex_mesh(points: list[Point], swatch: str = "metal") -> Mesh:
     """The convex hull of `points` as a mesh."""
     mesh = Mesh()
-    array = np.array(points)
+    array = np.array(points, dtype=np.float64)
     centre = array.mean(axis=0)
     seen = set()
     for i in range(len(array)):
