@@ -103,6 +103,8 @@ def compose(command: str, overrides: list[str]) -> Any:
         return TypeAdapter(target).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
+        if first["type"] == "value_error":  # raised by the config itself: it says which option
+            raise UsageError(str(first["ctx"]["error"])) from error
         where = ".".join(str(part) for part in first["loc"])
         raise UsageError(f"option {where or command}: {first['msg']} (got {first['input']!r})") from error
 
