@@ -7,7 +7,8 @@ Every step takes a batch of each camera through one network. The first `quantise
 its latents places the codes, and from there on everything passes through the codebook. What a step draws depends on (seed, step) alone,
 so a run that was killed and started again ends with the same tokenizer as one that was not.
 
-Leaves in output_dir: vision_tokenizer/ (the result), metrics.jsonl, pictures/ (original over reconstruction), state.safetensors.
+Leaves in output_dir: vision_tokenizer/ (the result), metrics.jsonl, pictures/ (original over reconstruction), state.safetensors,
+shards.json (the shards it began with).
 """
 
 from __future__ import annotations
@@ -206,7 +207,7 @@ def _place_codes(tokenizer: LightTokenizer, frames: dict[str, torch.Tensor], con
 def _load(config: TrainTokenizerConfig, console: Console) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Frames to train on and frames held out, per camera: uint8 (N, 3, size, size)."""
     store = EpisodeStore.open(config.episodes)
-    train, held_out = split_shards(store.shard_indices(), config.validation_fraction)
+    train, held_out = split_shards(_pinned_shards(store, Path(config.output_dir), console), config.validation_fraction)
     sizes = config.model.image_sizes
     with console.status(f"reading frames of {len(train) + len(held_out)} shards"):
         frames = {camera: load_frames(store, train, camera, size, config.max_frames) for camera, size in sizes.items()}
@@ -214,6 +215,20 @@ def _load(config: TrainTokenizerConfig, console: Console) -> tuple[dict[str, tor
     counts = ", ".join(f"{camera} {len(frames[camera])} + {len(kept[camera])}" for camera in sizes)
     console.print(f"frames, to train on + held out: {counts}")
     return frames, kept
+
+
+def _pinned_shards(store: EpisodeStore, output: Path, console: Console) -> list[int]:
+    """The shards that this run began with, so that a resumed run draws the same frames although the store has grown meanwhile."""
+    record = output / "shards.json"
+    there = store.shard_indices()
+    if not record.exists():
+        write_text_atomic(record, json.dumps(there))
+    pinned = json.loads(record.read_text())
+    if lost := sorted(set(pinned) - set(there)):
+        raise ValueError(f"{store.path} lacks shards {lost} that this run began with ({record}); restore them or start afresh")
+    if len(there) > len(pinned):
+        console.print(f"{store.path} has grown to {len(there)} shards; this run goes on with the {len(pinned)} it began with")
+    return pinned
 
 
 def _validate(

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,13 +110,17 @@ def test_a_killed_run_ends_where_an_unbroken_one_does(episodes, unbroken, tmp_pa
         f"case.main(case.config_for({str(episodes)!r}, {str(folder)!r}))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not (folder / "state.safetensors").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (folder / "vision_tokenizer").exists()
+    grown = tmp_path / "episodes"
+    shutil.copytree(episodes, grown)
+    shutil.copytree(EpisodeStore.open(grown).shard_path(0), EpisodeStore.open(grown).shard_path(9))
+    episodes = grown
     run(config_for(episodes, folder))
     name = "vision_tokenizer/model.safetensors"
     assert (folder / name).read_bytes() == (unbroken / name).read_bytes()
@@ -130,6 +135,10 @@ def test_errors_are_named(episodes, tmp_path):
         config_for(episodes, tmp_path, precision="fp16")
     with pytest.raises(ValueError, match="threads is 0"):
         config_for(episodes, tmp_path, threads=0)
+    (tmp_path / "shards.json").write_text("[0, 1, 7]")
+    with pytest.raises(ValueError, match=r"lacks shards \[7\] that this run began with"):
+        run(config_for(episodes, tmp_path))
+    (tmp_path / "shards.json").unlink()
     (tmp_path / "state.safetensors").write_bytes(b"half")
     with pytest.raises(VisionTokenizerError, match="state.safetensors is damaged .* delete it to start afresh"):
         run(config_for(episodes, tmp_path))
