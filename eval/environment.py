@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 from collections.abc import Iterator
@@ -60,17 +59,16 @@ def load_policy(name: str, env: EnvConfig) -> Policy:
 
 @contextmanager
 def _quiet_import() -> Iterator[None]:
-    """PyBullet prints its build time from C when it is imported, which breaks progress lines: standard output is away meanwhile."""
+    """PyBullet prints its build time to standard error, from C, when it is imported, which breaks progress lines."""
     if "pybullet" in sys.modules:
         yield
         return
-    sys.stdout.flush()
-    saved, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
+    sys.stderr.flush()
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
     try:
         yield
     finally:
-        ctypes.CDLL(None).fflush(None)  # what C has buffered would come out later
-        os.dup2(saved, 1)
+        os.dup2(saved, 2)
         os.close(saved)
         os.close(nowhere)

@@ -11,6 +11,8 @@ import jinja2
 import numpy as np
 from PIL import Image
 
+from eval.statistics import FEWEST_FOR_INTERVAL
+
 TEMPLATES = Path(__file__).parent / "templates"
 EMBED_LIMIT_BYTES = 24 * 2**20
 CHART_WIDTH, CHART_HEIGHT = 560, 260
@@ -31,6 +33,7 @@ def write_report(
     environment.filters |= {"percent": _percent, "number": _number, "words": lambda name: str(name).replace("_", " ")}
     page = environment.get_template("report.html.j2").render(
         results=results,
+        few=FEWEST_FOR_INTERVAL,
         positions=_positions(results),
         chart=_chart(results),
         rows=list(results["per_task"].items()),

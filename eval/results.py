@@ -10,7 +10,7 @@ from eval.environment import EnvConfig, renderer
 from eval.protocol import deviations
 from eval.provenance import git_commit, policy_provenance, versions
 from eval.sequences import CHAIN_LENGTH
-from eval.statistics import summarise
+from eval.statistics import FEWEST_FOR_INTERVAL, summarise
 
 RESULTS_FILE, REPORT_FILE = "results.json", "report.html"
 
@@ -80,7 +80,10 @@ def headline(results: dict[str, Any]) -> str:
     if results["average_length"] is None:
         return f"no chain was scored: all {results['errors']} ended by an error"
     low, high = results["ci95"]["average_length"]
-    text = f"average length {results['average_length']:.3f} (95 % interval {low:.3f} to {high:.3f}, {results['scored']} chains)"
+    few = results["scored"] < FEWEST_FOR_INTERVAL
+    interval = "too few for an interval" if few else f"95 % interval {low:.3f} to {high:.3f}"
+    chains = f"{results['scored']} chain{'s' if results['scored'] != 1 else ''}"
+    text = f"average length {results['average_length']:.3f} ({chains}; {interval})"
     return text + (f"; deviates from {results['protocol']['name']}: {'; '.join(results['deviations'])}" if results["deviations"] else "")
 
 

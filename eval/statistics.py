@@ -14,6 +14,8 @@ import numpy as np
 
 Z_95 = 1.959963984540054
 BOOTSTRAP_RESAMPLES = 10_000
+FEWEST_FOR_INTERVAL = 10
+"""Below this many chains a bootstrap interval of their mean says next to nothing (of one chain it has no width), so it is not shown."""
 
 
 def wilson_interval(successes: int, trials: int, z: float = Z_95) -> tuple[float, float]:
