@@ -55,9 +55,9 @@ class CollectConfig:
 
 def main(config: CollectConfig) -> None:
     """Write the missing shards of the store in `output_dir`."""
+    from emu3_vla.data.episodes import EpisodeStore
     from envs.calvin.language import training_wordings
     from envs.calvin.tasks import check_task
-    from emu3_vla.data.episodes import EpisodeStore
 
     wanted = [check_task(task) for task in config.tasks]
     wordings = {task: list(sentences) for task, sentences in training_wordings().items() if not wanted or task in wanted}
@@ -99,9 +99,9 @@ def _one_thread() -> None:
 
 def _collect_shard(job: tuple[CollectConfig, int]) -> tuple[int, int]:
     """Play and write one shard; returns (episodes kept, attempts that failed)."""
+    from emu3_vla.data.episodes import EpisodeStore
     from envs.calvin.env import CalvinEnv
     from envs.calvin.expert import ExpertPolicy
-    from emu3_vla.data.episodes import EpisodeStore
 
     config, index = job
     rng = np.random.default_rng([config.seed, index])

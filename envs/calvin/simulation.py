@@ -114,7 +114,8 @@ class Simulation:
 
     def _load_table(self) -> None:
         self.table = self._urdf(self.scene.table_urdf, globalScaling=scenes.GLOBAL_SCALING)
-        infos = [pb.getJointInfo(self.table, i, physicsClientId=self.client) for i in range(pb.getNumJoints(self.table, physicsClientId=self.client))]
+        joints = range(pb.getNumJoints(self.table, physicsClientId=self.client))
+        infos = [pb.getJointInfo(self.table, joint, physicsClientId=self.client) for joint in joints]
         self.table_joints = {info[1].decode(): info[0] for info in infos}
         self.table_links = {info[12].decode(): info[0] for info in infos} | {"base_link": -1}
         self.joint_limits = {info[1].decode(): (info[8], info[9]) for info in infos}
