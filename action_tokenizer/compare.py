@@ -112,12 +112,13 @@ def read_actions(path: str | Path) -> Iterator[np.ndarray]:
 
 def table(reports: dict[str, Report]) -> str:
     """The reports as text, a line each."""
-    head = f"{'tokenizer':<24}{'ids':>6}{'tokens/chunk':>14}{'p95':>6}{'bits/value':>12}{'rmse mm':>9}{'rmse °':>9}"
+    width = max(map(len, ("tokenizer", *reports))) + 2
+    head = f"{'tokenizer':<{width}}{'ids':>6}{'tokens/chunk':>14}{'p95':>6}{'bits/value':>12}{'rmse mm':>9}{'rmse °':>9}"
     lines = [head + f"{'encode µs':>11}{'decode µs':>11}{'clipped':>9}"]
     for name, r in reports.items():
         position, rotation = errors(r)
         lines.append(
-            f"{name:<24}{r.vocab_size:>6}{r.tokens_mean:>14.2f}{r.tokens_p95:>6.0f}{r.bits_per_value:>12.2f}{position:>9.3f}"
+            f"{name:<{width}}{r.vocab_size:>6}{r.tokens_mean:>14.2f}{r.tokens_p95:>6.0f}{r.bits_per_value:>12.2f}{position:>9.3f}"
             f"{rotation:>9.3f}{r.encode_us:>11.2f}{r.decode_us:>11.2f}{r.clipped:>9}"
         )
     return "\n".join(lines)

@@ -7,6 +7,7 @@ the wanted number of characters.
 from __future__ import annotations
 
 import codecs
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,16 +37,28 @@ class TokenTable:
 
     def __init__(self, token_bytes: list[bytes]):
         self._lookup = dict(enumerate(token_bytes))
+        self._pool = np.frombuffer(b"".join(token_bytes), np.uint8)
+        self._length = np.array([len(text) for text in token_bytes])
+        self._begin = np.cumsum(self._length) - self._length
 
     def code_points(self, ids: Sequence[Sequence[int]], *, expected: int) -> np.ndarray:
         """Code points of all lists, one after another: uint32 (N * expected,). Raises MalformedActionTokens."""
-        texts = self._join(ids, expected)
+        rows = _lists(ids)
+        flat = _flat(rows)
+        if len(flat) == 0 or flat.min() < 0 or flat.max() >= len(self._length):
+            self._explain(rows, expected)
+        length = self._length.take(flat)
+        end = np.append(0, np.cumsum(length))
+        source = np.repeat(self._begin.take(flat) - end[:-1], length)
+        source += np.arange(len(source))
+        text = self._pool.take(source)
+        bounds = end[np.append(0, np.cumsum([len(row) for row in rows]))]
         try:
-            points = np.frombuffer(b"".join(texts).decode("utf-8").encode("utf-32-le"), dtype="<u4")
+            points = np.frombuffer(text.tobytes().decode("utf-8").encode("utf-32-le"), dtype="<u4")
         except UnicodeDecodeError:
             points = None
-        if points is None or not _each_holds(texts, expected):
-            self._explain(ids, expected)
+        if points is None or not _each_holds(text, bounds, expected):
+            self._explain(rows, expected)
         return points
 
     def code_points_lenient(self, ids: Sequence[Sequence[int]], *, expected: int, fill: int) -> tuple[np.ndarray, Repairs]:
@@ -64,17 +77,9 @@ class TokenTable:
         )
         return np.concatenate(rows), repairs
 
-    def _join(self, ids: Sequence[Sequence[int]], expected: int) -> list[bytes]:
-        """The bytes of each list."""
-        lookup = self._lookup.__getitem__
-        try:
-            return [b"".join(map(lookup, row)) for row in _lists(ids)]
-        except KeyError:
-            self._explain(ids, expected)
-
-    def _explain(self, ids: Sequence[Sequence[int]], expected: int) -> None:
+    def _explain(self, rows: list[list[int]], expected: int) -> None:
         """Find the first fault and raise MalformedActionTokens for it."""
-        for chunk, row in enumerate(_lists(ids)):
+        for chunk, row in enumerate(rows):
             self._explain_chunk(chunk, row, expected)
         raise AssertionError("a batch was refused but every chunk of it is well formed")
 
@@ -123,24 +128,42 @@ def check_counts(ids: Sequence[Sequence[int]], *, expected: int, vocab_size: int
     return flat
 
 
-def _lists(ids: Sequence[Sequence[int]]) -> list[Sequence[int]]:
-    """`ids` as a list of sequences of integers. Raises ActionTokenizerError for an empty batch or a bare list of ids."""
+def _lists(ids: Sequence[Sequence[int]]) -> list[list[int]]:
+    """`ids` as a list of lists of integers. Raises ActionTokenizerError for an empty batch or a bare list of ids."""
     if len(ids) == 0:
         raise ActionTokenizerError("no lists of ids to decode; leave empty batches out")
-    bare = next((row for row in ids if not hasattr(row, "__len__") or np.ndim(row) > 1), None)
-    if bare is not None:
-        raise ActionTokenizerError(f"expected a list of lists of ids, one list a chunk, but one of them is {bare!r}")
-    return [row.tolist() if isinstance(row, np.ndarray) else row for row in ids]
+    return [row if type(row) is list else _list(row) for row in ids]
 
 
-def _each_holds(texts: list[bytes], expected: int) -> bool:
-    """Whether each text has `expected` characters and begins with a whole one; their concatenation is known to be valid UTF-8."""
-    flat = np.frombuffer(b"".join(texts), np.uint8)
-    ends = np.cumsum([len(text) for text in texts])
-    starts_character = np.concatenate([[0], np.cumsum((flat & 0xC0) != 0x80)])
-    begins = np.concatenate([[0], ends[:-1]])
-    whole = (flat[begins[begins < len(flat)]] & 0xC0) != 0x80
-    return bool(whole.all() and (starts_character[ends] - starts_character[begins] == expected).all())
+def _list(row) -> list[int]:
+    if isinstance(row, np.ndarray) and row.ndim == 1:
+        return row.tolist()
+    if isinstance(row, Sequence) and not isinstance(row, str):
+        return list(row)
+    raise ActionTokenizerError(f"expected a list of lists of ids, one list a chunk, but one of them is {row!r}")
+
+
+def _flat(rows: list[list[int]]) -> np.ndarray:
+    """All ids, one after another: int64 (K,)."""
+    flat = []
+    for row in rows:
+        flat += row
+    try:
+        return np.frombuffer(array("q", flat), np.int64)
+    except (TypeError, OverflowError) as error:
+        raise ActionTokenizerError(f"ids must be integers of at most 64 bits: {error}") from error
+
+
+def _each_holds(text: np.ndarray, bounds: np.ndarray, expected: int) -> bool:
+    """Whether each of the stretches of `text` between `bounds` has `expected` characters and begins with a whole one.
+
+    text: uint8 (L,), known to be valid UTF-8 as a whole. bounds: ascending, from 0 to L.
+    """
+    if (np.diff(bounds) == 0).any():
+        return False
+    begins_character = (text & 0xC0) != 0x80
+    counts = np.add.reduceat(begins_character, bounds[:-1], dtype=np.int64)
+    return bool((counts == expected).all() and begins_character[bounds[:-1]].all())
 
 
 def _readable(text: bytes) -> tuple[np.ndarray, int]:

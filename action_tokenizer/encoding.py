@@ -35,8 +35,7 @@ class ChunkEncoder:
 
     def _encode_many(self, points_NL: np.ndarray, text: bytes) -> list[list[int]]:
         points, length = points_NL.ravel(), points_NL.shape[1]
-        size = 1 + (points >= 0x80) + (points >= 0x800)  # files and vocabularies end below four-byte characters
-        begins = np.cumsum(size) - size
+        begins = _begins(points, len(text))
         starts = begins[::length] if self._splitter is None else begins[self._splitter.starts(points, length)]
         ids, position = self._merger.encode(text, starts)
         cuts = [*np.searchsorted(position, begins[::length]).tolist(), len(ids)]
@@ -69,3 +68,11 @@ class ChunkEncoder:
     @cached_property
     def _files(self) -> dict:
         return json.loads(self._bpe.to_str())
+
+
+def _begins(points: np.ndarray, total: int) -> np.ndarray:
+    """Where each code point's bytes begin in UTF-8 of `total` bytes. Nothing here needs four of them."""
+    if total == len(points):
+        return np.arange(total)
+    size = 1 + (points >= 0x80) + (points >= 0x800)
+    return np.cumsum(size) - size

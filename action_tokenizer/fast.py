@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from action_tokenizer import bytelevel, dct, files
+from action_tokenizer import auto_processor, bytelevel, dct, files
 from action_tokenizer.detokenize import Repairs, TokenTable
 from action_tokenizer.encoding import ChunkEncoder
 from action_tokenizer.errors import ActionTokenizerError, CoefficientOutOfRange
@@ -61,9 +61,15 @@ class FastTokenizer:
 
         return cls(*fit(chunks, scale=scale, vocab_size=vocab_size, limit=limit))
 
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write the published layout. Returns the folder."""
-        return files.write(folder, self._bpe, self.config)
+    def save_pretrained(self, folder: str | Path, *, processor_code: bool = False) -> Path:
+        """Write the published layout. Returns the folder.
+
+        processor_code: write the module too that AutoProcessor runs (with `trust_remote_code=True`). No other reader needs it.
+        """
+        folder = files.write(folder, self._bpe, self.config)
+        if processor_code:
+            files.write_text(folder / auto_processor.FILE, auto_processor.SOURCE)
+        return folder
 
     def encode(self, chunks, *, clip: bool = False) -> list[list[int]]:
         """Tokens of each chunk.
@@ -143,13 +149,21 @@ class FastTokenizer:
             raise ActionTokenizerError("this tokenizer's vocabulary holds no byte, so it can encode no coefficient at all")
         return np.array(points)
 
+    @cached_property
+    def _is_representable(self) -> np.ndarray:
+        """`_representable` as a table over code points."""
+        table = np.zeros(self._representable[-1] + 1, bool)
+        table[self._representable] = True
+        return table
+
     def _code_points(self, coefficients_NTA: np.ndarray, clip: bool) -> np.ndarray:
         """Characters of coefficients. Integers (N, T, A) in and out."""
         points_NTA, known = coefficients_NTA - self.min_token, self._representable
+        if points_NTA.min() >= 0 and points_NTA.max() < len(self._is_representable):
+            if self._is_representable.take(points_NTA).all():
+                return points_NTA
         right = np.searchsorted(known, points_NTA).clip(max=len(known) - 1)
         missing = known[right] != points_NTA
-        if not missing.any():
-            return points_NTA
         if clip:
             left = (right - 1).clip(min=0)
             nearer_left = np.abs(known[left] - points_NTA) <= np.abs(known[right] - points_NTA)

@@ -50,47 +50,52 @@ class Merger:
         starts: int64 (W,), ascending, the first 0: where words start. Every byte must be in the vocabulary.
         """
         longest = self._trie.longest(np.frombuffer(text, np.uint8), starts)
-        end, position = np.append(starts[1:], len(text)), starts.copy()
+        end, position = np.append(starts[1:], len(text)), starts
         blocked = np.zeros(len(text) + 1, bool)  # no encoding of the word so far ends there
-        token_at = np.full(len(text), -1, np.int64)  # the token that starts at a position, on the path so far
-        token_before = np.full(len(text) + 1, self._vocab_size, np.int64)  # the token that ends there; V at the start of a word
-        token, before = longest[position], token_before[position]
+        # On the path so far: the token that starts at a position, or -1, and the one that ends there, or V at the start of a word.
+        # Off the path they hold what was tried there, which nobody reads: a position is left for good, or written again.
+        token_at = np.full(len(text), -1, np.int64)
+        token_before = np.full(len(text) + 1, self._vocab_size, np.int64)
+        token, before = longest.take(position), token_before.take(position)
         while len(position):
             token = self._fitting(before, token)
-            stop = position + self._length[token]
-            taken = (token >= 0) & ~blocked[stop]
-            refused = np.flatnonzero(~taken)
-            token_at[position[taken]] = token[taken]
-            going = stop < end
-            if len(refused):
-                going |= ~taken
-            if not going.all():
-                position, end, token, before, stop, taken = (a[going] for a in (position, end, token, before, stop, taken))
-                refused = np.flatnonzero(~taken)
-            # Words that took a token go on behind it, with the longest token there.
+            stop = position + self._length.take(token)
+            token_at[position] = token
+            going = np.flatnonzero(stop < end)
+            if len(going) < len(stop):
+                position, end, token, before, stop = (array.take(going) for array in (position, end, token, before, stop))
+            refused = blocked.take(stop)
+            refused |= token < 0
+            refused = np.flatnonzero(refused)
             kept = position[refused], token[refused], before[refused]
-            token_before[stop[taken]] = token[taken]
-            position, before, token = stop, token, longest[stop]
-            position[refused], token[refused], before[refused] = kept
-            self._retreat(refused, position, token, before, blocked, token_at, token_before)
+            # Words that took a token go on behind it, with the longest token there.
+            token_before[stop] = token
+            position, before, token = stop, token, longest.take(stop)
+            if len(refused):
+                position[refused], token[refused], before[refused] = self._retreat(*kept, blocked, token_at, token_before)
         starts_token = np.flatnonzero(token_at >= 0)
         return token_at[starts_token], starts_token
 
-    def _retreat(self, refused, position, token, before, blocked, token_at, token_before) -> None:
-        """Replace tokens that end at a blocked position by shorter ones; where none is left, give up the token before. In place."""
-        shorter = np.where(token[refused] >= 0, self._shorter[token[refused]], -1)
-        token[refused] = shorter
-        stuck = refused[shorter < 0]
+    def _retreat(self, position, token, before, blocked, token_at, token_before):
+        """Replace tokens that end at a blocked position by shorter ones; where none is left, give up the token before.
+
+        int64 (K,): the words' positions, tokens refused there (-1: all), and tokens before. Returns the three to go on with.
+        """
+        token = np.where(token >= 0, self._shorter[token], -1)
+        stuck = np.flatnonzero(token < 0)
         if len(stuck):
-            blocked[position[stuck]] = True
+            left = position[stuck]
+            blocked[left] = True
+            token_at[left] = -1
             token[stuck] = before[stuck]
-            position[stuck] -= self._length[before[stuck]]
-            token_at[position[stuck]] = -1
+            position[stuck] = left - self._length[before[stuck]]
             before[stuck] = token_before[position[stuck]]
+        return position, token, before
 
     def _fitting(self, before: np.ndarray, token: np.ndarray) -> np.ndarray:
         """The longest of `token` and its shorter ones that may follow `before` (V: nothing), or -1. All int64 (K,)."""
-        pairs = before * self._vocab_size + token
+        pairs = before * self._vocab_size
+        pairs += token
         fitting = self._fits.take(pairs)
         if fitting.min() == _UNSEEN:
             self._learn(np.unique(pairs[fitting == _UNSEEN]))

@@ -44,5 +44,5 @@ def ticks(largest: float) -> list[float]:
     if largest <= 0:
         return [0.0, 1.0]
     step = 10.0 ** math.floor(math.log10(largest))
-    step = next(step * factor for factor in (1, 0.5, 0.2, 0.1) if largest / (step * factor) > 3)
+    step = next(step * factor for factor in (2, 1, 0.5, 0.2) if largest / (step * factor) > 3)
     return [step * number for number in range(math.ceil(largest / step - 1e-9) + 1)]

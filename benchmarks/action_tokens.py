@@ -1,0 +1,151 @@
+"""Speed of the action tokenizer against the published processor's algorithm, written plainly.
+
+    OMP_NUM_THREADS=1 RAYON_NUM_THREADS=1 python benchmarks/action_tokens.py
+    EMU3_VLA_REFERENCE=<folder> ... python benchmarks/action_tokens.py      # the published tokenizers too
+
+Batches of 1000 chunks, one thread, processor time, best of several repeats. "plain" is the published code's steps one chunk at a time with the
+`tokenizers` library; "wrapped" the same through Transformers' PreTrainedTokenizerFast, which is what the published code calls.
+"first" is our first batch after loading, which fills the table of neighbouring tokens; "ours" any later one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from scipy.fft import dct, idct
+from scipy.ndimage import gaussian_filter1d
+
+from action_tokenizer import FastTokenizer
+
+CHUNKS, HORIZON, ACTION_DIM = 1000, 10, 7
+PUBLISHED = ("fast", "fast_bridge_t5_s50", "fast_calvin_norm_a10_s50")
+
+
+class Plain:
+    """The published processor's algorithm: one chunk, one string, one call of the BPE at a time."""
+
+    def __init__(self, tokenizer: FastTokenizer, to_ids: Callable, to_text: Callable):
+        self.scale, self.min_token, self.to_ids, self.to_text = tokenizer.scale, tokenizer.min_token, to_ids, to_text
+
+    def encode(self, chunks: np.ndarray) -> list[list[int]]:
+        coefficients = np.around(dct(chunks, axis=1, norm="ortho") * self.scale)
+        return [
+            self.to_ids("".join(map(chr, np.maximum(chunk.flatten() - self.min_token, 0).astype(int)))) for chunk in coefficients
+        ]
+
+    def decode(self, ids: list[list[int]], shape: tuple[int, int]) -> np.ndarray:
+        actions = []
+        for row in ids:
+            coefficients = np.array(list(map(ord, self.to_text(row)))) + self.min_token
+            actions.append(idct(coefficients.reshape(shape) / self.scale, axis=0, norm="ortho"))
+        return np.stack(actions)
+
+
+def best_us(call: Callable, items: int, repeats: int) -> float:
+    """Least microseconds an item of several calls."""
+    seconds = []
+    for _ in range(repeats):
+        started = time.process_time()
+        call()
+        seconds.append(time.process_time() - started)
+    return min(seconds) / items * 1e6
+
+
+def plains(tokenizer: FastTokenizer) -> dict[str, Plain]:
+    from transformers import PreTrainedTokenizerFast
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        wrapped = PreTrainedTokenizerFast(tokenizer_file=str(Path(folder) / "tokenizer.json"), clean_up_tokenization_spaces=False)
+    bare = wrapped.backend_tokenizer
+    return {
+        "plain": Plain(tokenizer, lambda text: bare.encode(text).ids, bare.decode),
+        "wrapped": Plain(tokenizer, lambda text: wrapped(text)["input_ids"], wrapped.decode),
+    }
+
+
+def measure(load: Callable[[], FastTokenizer], chunks: np.ndarray, repeats: int) -> dict[str, float]:
+    """Microseconds a chunk of each way, and a grammar step. Every way must give the same ids and actions."""
+    tokenizer, shape = load(), chunks.shape[1:]
+    figures = {"first encode": best_us(lambda: tokenizer.encode(chunks), len(chunks), 1)}
+    ids = tokenizer.encode(chunks)
+    actions = tokenizer.decode(ids, horizon=shape[0], action_dim=shape[1])
+    figures["ours encode"] = best_us(lambda: tokenizer.encode(chunks), len(chunks), repeats)
+    figures["ours decode"] = best_us(lambda: tokenizer.decode(ids, horizon=shape[0], action_dim=shape[1]), len(chunks), repeats)
+    for name, plain in plains(tokenizer).items():
+        assert plain.encode(chunks) == ids, f"{name} gives other ids"
+        np.testing.assert_allclose(plain.decode(ids, shape), actions, atol=1e-9)
+        figures[f"{name} encode"] = best_us(lambda plain=plain: plain.encode(chunks), len(chunks), repeats)
+        figures[f"{name} decode"] = best_us(lambda plain=plain: plain.decode(ids, shape), len(chunks), repeats)
+    figures["one chunk encode"] = best_us(lambda: [tokenizer.encode(chunk) for chunk in chunks[:200]], 200, repeats)
+    figures["one chunk decode"] = best_us(
+        lambda: [tokenizer.decode([row], horizon=shape[0], action_dim=shape[1]) for row in ids[:200]], 200, repeats
+    )
+    return figures | grammar_figures(tokenizer, ids, shape, repeats)
+
+
+def grammar_figures(tokenizer: FastTokenizer, ids: list[list[int]], shape: tuple[int, int], repeats: int) -> dict[str, float]:
+    started = time.process_time()
+    grammar = tokenizer.grammar(*shape)
+    built = time.process_time() - started
+
+    def walk():
+        for row in ids[:100]:
+            state = grammar.start()
+            for index in row:
+                grammar.mask(state)
+                state = grammar.advance(state, index)
+
+    states = np.random.default_rng(0).integers(0, grammar.num_states, 256)
+    return {
+        "grammar step": best_us(walk, sum(map(len, ids[:100])), repeats),
+        "grammar mask in a batch of 256": best_us(lambda: grammar.masks(states), 256, repeats),
+        "grammar built, ms": built * 1e3,
+    }
+
+
+def smooth(count: int, seed: int) -> np.ndarray:
+    """Smooth random chunks within [-1, 1]: float32 (count, HORIZON, ACTION_DIM)."""
+    noise = np.random.default_rng(seed).normal(size=(count, HORIZON, ACTION_DIM))
+    return np.clip(2 * gaussian_filter1d(noise, 2.0, axis=1, mode="nearest"), -1, 1).astype(np.float32)
+
+
+def cases() -> Iterator[tuple[str, Callable[[], FastTokenizer], np.ndarray]]:
+    """(name, loader, chunks): one fitted on made-up chunks, and the published ones where EMU3_VLA_REFERENCE names their folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        FastTokenizer.fit(smooth(5000, 1), scale=10, vocab_size=2048).save_pretrained(folder)
+        yield "fitted, 2048 ids", lambda: FastTokenizer.from_pretrained(folder), smooth(CHUNKS, 2)
+    reference = os.environ.get("EMU3_VLA_REFERENCE")
+    for name in PUBLISHED if reference else ():
+        with np.load(Path(reference) / "fast" / f"{name}_vectors.npz") as vectors:
+            chunks = vectors["actions"][:CHUNKS]
+        yield name, lambda name=name: FastTokenizer.from_pretrained(Path(reference) / "fast" / name), chunks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    arguments = parser.parse_args()
+    results = {}
+    for name, load, chunks in cases():
+        figures = results[name] = measure(load, chunks, arguments.repeats)
+        print(f"\n{name}: {len(chunks)} chunks of {chunks.shape[1]}×{chunks.shape[2]}, microseconds a chunk")
+        for label, value in figures.items():
+            print(f"  {label:<32}{value:9.2f}")
+        for kind in ("encode", "decode"):
+            ratios = (f"{figures[f'{way} {kind}'] / figures[f'ours {kind}']:.1f}x {way}" for way in ("plain", "wrapped"))
+            print(f"  {kind} speed-up: {', '.join(ratios)}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
