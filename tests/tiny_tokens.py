@@ -9,6 +9,7 @@ from action_tokenizer import ActionNormalizer, FastTokenizer
 from emu3_vla.data.tokens import ACTION, NORMALIZER, TEXT, VISION, TokenizedEpisode, TokenStore
 from emu3_vla.text import TextTokenizer
 from emu3_vla.vision_tokenizer.light import LightConfig, LightTokenizer
+from envs.spec import RGB_GRIPPER, RGB_STATIC
 
 HORIZON, SPACING, FRAMES = 10, 5, 9
 WORDINGS = {"left": ["go left", "move to the left"], "right": ["go right", "move to the right"]}
@@ -31,7 +32,7 @@ def tiny_store(folder: Path, shards: int = 4, episodes_per_shard: int = 6) -> To
     metadata = {
         "horizon": HORIZON,
         "action_dim": 7,
-        "grids": {"static": [16, 16], "gripper": [12, 12]},
+        "grids": {RGB_STATIC: [16, 16], RGB_GRIPPER: [12, 12]},
         "codebook_size": LIGHT.codebook_size,
         "action_vocab_size": action.vocab_size,
         "text_vocab_size": text.vocab_size,

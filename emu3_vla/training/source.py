@@ -11,7 +11,7 @@ from emu3_vla.data.tokens import MANIFEST, TEXT, TokenStore
 from emu3_vla.text import TextTokenizer
 from emu3_vla.training.stream import DocumentStream
 from emu3_vla.vocabulary import CompactVocabulary, ImageGrid
-from envs.spec import RGB_GRIPPER, RGB_STATIC
+from envs.spec import CAMERAS
 
 if TYPE_CHECKING:
     from emu3_vla.training.loop import TrainConfig
@@ -64,12 +64,15 @@ def open_source(folder: str, block_size: int) -> Source:
     """
     store = TokenStore.open(folder)
     metadata = store.metadata
-    grids = ((RGB_STATIC, metadata["grids"]["static"]), (RGB_GRIPPER, metadata["grids"]["gripper"]))
     vocabulary = CompactVocabulary(
         text_size=metadata["text_vocab_size"],
         action_size=metadata["action_vocab_size"],
         codebook_size=metadata["codebook_size"],
-        images=tuple(ImageGrid(name=name, rows=rows, columns=columns) for name, (rows, columns) in grids),
+        images=tuple(_grid(camera, metadata["grids"][camera]) for camera in CAMERAS),
         block_size=block_size,
     )
     return Source(store=store, vocabulary=vocabulary, horizon=metadata["horizon"], action_dim=metadata["action_dim"])
+
+
+def _grid(camera: str, shape: list[int]) -> ImageGrid:
+    return ImageGrid(name=camera, rows=shape[0], columns=shape[1])

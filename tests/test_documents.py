@@ -1,0 +1,85 @@
+"""Layout of documents: exact round trips, exact targets, exact masks."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emu3_vla.documents import (
+    IGNORE,
+    LENGTH_MULTIPLE,
+    ActionChunk,
+    DocumentError,
+    Image,
+    Text,
+    collate,
+    from_blocks,
+    lay_out,
+    length_of,
+    to_blocks,
+)
+from emu3_vla.vocabulary import CompactVocabulary, ImageGrid
+
+V = CompactVocabulary(
+    text_size=10,
+    action_size=20,
+    codebook_size=64,
+    images=(ImageGrid(name="a", rows=4, columns=4), ImageGrid(name="b", rows=2, columns=4)),
+    block_size=2,
+)
+A_CODES, B_CODES = np.arange(16).reshape(4, 4), np.arange(40, 48).reshape(2, 4)
+DOCUMENT = [Text([3, 4]), Image("a", A_CODES), Image("b", B_CODES), ActionChunk([5, 6]), ActionChunk([7], supervised=False)]
+
+
+def test_positions_and_targets_to_the_last_one():
+    layout, pad, act = lay_out(DOCUMENT, V), V.pad, V.action_start
+    ids = [V.bos, 3, 4, V.begin_image("a"), pad, pad, pad, pad, V.begin_image("b"), pad, pad]
+    ids += [V.begin_action, act + 5, act + 6, V.end_of_chunk, V.begin_action, act + 7, V.end_of_chunk]
+    assert layout.ids.tolist() == ids
+    targets = [3, 4, V.begin_image("a"), *[IGNORE] * 4, V.begin_image("b"), *[IGNORE] * 2, V.begin_action]
+    targets += [act + 5, act + 6, V.end_of_chunk, V.begin_action, IGNORE, IGNORE, IGNORE]
+    assert layout.targets.tolist() == targets
+    assert layout.block_at.tolist() == [4, 5, 6, 7, 9, 10]
+    assert layout.places.tolist() == [0, 1, 2, 3, 4, 5]
+    assert layout.codes[0].tolist() == [0, 1, 4, 5]
+    assert layout.codes[5].tolist() == [42, 43, 46, 47]
+    assert length_of(DOCUMENT, V) == len(ids)
+
+
+def test_collate_pads_and_shifts():
+    short = [Text([1]), Image("b", B_CODES)]
+    batch = collate([DOCUMENT, short], V)
+    width = batch.ids_BL.shape[1]
+    assert width % LENGTH_MULTIPLE == 0 and width >= length_of(DOCUMENT, V)
+    assert batch.block_at_N.tolist() == [4, 5, 6, 7, 9, 10, width + 3, width + 4]
+    assert (batch.targets_BL[1, 3:] == IGNORE).all() and (batch.ids_BL[1, 5:] == V.pad).all()
+    assert (batch.chunks, batch.positions) == (1, length_of(DOCUMENT, V) + length_of(short, V))
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 2))
+def test_blocks_round_trip(block, rows, columns, lead):
+    codes = np.random.default_rng(0).integers(0, 99, (2,) * lead + (rows * block, columns * block))
+    blocks = to_blocks(codes, block)
+    assert blocks.shape[lead:] == (rows * columns, block * block)
+    np.testing.assert_array_equal(from_blocks(blocks, rows * block, columns * block), codes)
+
+
+@pytest.mark.parametrize(
+    ("segment", "message"),
+    [
+        (Text([10]), r"text ids lie in \[10, 10\], expected \[0, 10\): they come from another text tokenizer"),
+        (Text([]), "at least one id"),
+        (ActionChunk([20]), "another action tokenizer"),
+        (Image("a", B_CODES), r"image 'a' has codes of shape \(2, 4\), expected \(4, 4\)"),
+        (Image("b", B_CODES + 60), "another vision tokenizer"),
+        (Image("c", B_CODES), "no image 'c'"),
+    ],
+)
+def test_segments_that_do_not_fit_are_refused(segment, message):
+    with pytest.raises(ValueError, match=message):
+        lay_out([segment], V)
+
+
+def test_foreign_segment_is_a_document_error():
+    with pytest.raises(DocumentError):
+        lay_out([ActionChunk([-1])], V)

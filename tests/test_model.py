@@ -1,0 +1,100 @@
+"""The blocked decoder: causal, exact by the chain rule, and Emu3ForCausalLM underneath."""
+
+import pytest
+import torch
+from transformers import Emu3ForCausalLM
+
+from emu3_vla.documents import ActionChunk, Image, Text, collate
+from emu3_vla.model import BlockEmu3ForCausalLM, block_losses, build_config, token_losses
+from emu3_vla.vocabulary import CompactVocabulary, ImageGrid
+
+V = CompactVocabulary(
+    text_size=10, action_size=20, codebook_size=7, images=(ImageGrid(name="a", rows=4, columns=4),), block_size=2
+)
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+@pytest.fixture(scope="module")
+def model() -> BlockEmu3ForCausalLM:
+    torch.manual_seed(0)
+    config = build_config(V, **SIZES, code_dim=8, depth_size=16, depth_layers=2, depth_heads=2, initializer_range=0.3)
+    return BlockEmu3ForCausalLM(config).eval()
+
+
+def _document(first_id=1, code=0, last_id=3):
+    codes = torch.arange(16).reshape(4, 4).numpy() % 7
+    codes[3, 3] = code
+    return [Text([first_id, 2]), Image("a", codes), ActionChunk([5, last_id])]
+
+
+def test_is_an_emu3_with_its_own_forward(model):
+    assert isinstance(model, Emu3ForCausalLM)
+    batch = collate([[Text([1, 2, 3])]], V)
+    logits = model(input_ids=batch.ids_BL).logits
+    torch.testing.assert_close(logits.flatten(0, 1), model.lm_head(model.states(batch)))
+
+
+def test_later_input_does_not_reach_back(model):
+    before, after = (model.states(collate([_document(code=code)], V)) for code in (0, 6))
+    last_block = 1 + 2 + 1 + 3  # bos, two text ids, begin of image, three blocks
+    torch.testing.assert_close(before[:last_block], after[:last_block])
+    assert not torch.allclose(before[last_block:], after[last_block:])
+
+
+def test_padding_and_neighbours_change_nothing(model):
+    alone = model.states(collate([_document()], V))
+    batch = collate([_document(), [*_document(first_id=4), Text([1] * 9)]], V)
+    together = model.states(batch)[: batch.ids_BL.shape[1]]
+    length = 1 + 2 + 5 + 4
+    torch.testing.assert_close(together[:length], alone[:length], atol=1e-5, rtol=1e-5)
+
+
+def test_each_code_is_predicted_from_those_before_it_alone(model):
+    states, codes = torch.randn(3, 32), torch.randint(0, 7, (3, 4))
+    logits = model.depth(states, codes)
+    for slot in range(4):
+        changed = codes.clone()
+        changed[:, slot] = (changed[:, slot] + 1) % 7
+        again = model.depth(states, changed)
+        torch.testing.assert_close(again[:, : slot + 1], logits[:, : slot + 1])
+        if slot < 3:
+            assert not torch.allclose(again[:, slot + 1 :], logits[:, slot + 1 :])
+
+
+def test_probabilities_of_all_blocks_add_up_to_one(model):
+    """The chain rule is exact: summed over every possible block, exp(-loss) is 1."""
+    every = torch.cartesian_prod(*[torch.arange(7)] * 4)
+    log_p = model.depth(torch.randn(1, 32).expand(len(every), -1), every).log_softmax(-1)
+    total = log_p.gather(-1, every[..., None]).squeeze(-1).sum(1).exp().sum()
+    assert total.item() == pytest.approx(1, abs=1e-4)
+
+
+def test_written_blocks_are_the_likeliest_codes(model):
+    states = torch.randn(5, 32)
+    codes = model.depth.write(states, lambda logits: logits.argmax(-1))
+    torch.testing.assert_close(model.depth(states, codes).argmax(-1), codes)
+
+
+def test_losses_look_at_supervised_positions(model):
+    batch = collate([[*_document()[:2], ActionChunk([5, 3], supervised=False)]], V)
+    states = model.states(batch)
+    losses, targets, right = token_losses(model, states, batch.targets_BL.flatten())
+    assert targets.tolist() == [1, 2, V.begin_image("a"), V.begin_action]
+    logits = model.lm_head(states[torch.tensor([0, 1, 2, 7])])
+    torch.testing.assert_close(losses, -logits.log_softmax(-1)[range(4), targets])
+    assert right.tolist() == (logits.argmax(-1) == targets).tolist()
+
+
+def test_block_loss_reads_the_state_before_the_block(model):
+    batch = collate([_document()], V)
+    states = model.states(batch)
+    first = model.depth(states[3:4], batch.codes_NC[:1]).log_softmax(-1)  # position 3 holds "begin of image"
+    losses = block_losses(model, states, batch, torch.tensor([0]))
+    torch.testing.assert_close(losses[0], -first[0, range(4), batch.codes_NC[0]])
+
+
+def test_saves_and_loads_by_transformers(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    again = BlockEmu3ForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    batch = collate([_document()], V)
+    torch.testing.assert_close(again.states(batch), model.states(batch))
