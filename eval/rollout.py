@@ -20,6 +20,7 @@ from eval.chain import run_chain
 from eval.environment import EnvConfig, load_policy
 from eval.progress import LiveLine
 from eval.protocol import MAX_STEPS, load_instructions, used_protocol
+from eval.provenance import policy_provenance
 from eval.results import REPORT_FILE, RESULTS_FILE, assemble, error_message, headline, write_json
 from eval.sequences import OFFICIAL_CHAINS, Chain, is_possible, long_horizon_sequences
 
@@ -45,7 +46,7 @@ class RolloutConfig:
             raise ValueError(f"chain={self.chain}, expected 0 to {OFFICIAL_CHAINS - 1}")
         if self.max_steps < 1 or self.frame_stride < 1 or self.seed < 0:
             raise ValueError("max_steps and frame_stride must be at least 1, and seed at least 0")
-        policies.checkpoint_folder(self.policy)
+        policy_provenance(self.policy)  # names an unknown policy or a damaged checkpoint now, not after hours
         load_instructions(self.annotations)
         if self.tasks:
             chain_of(self.tasks)

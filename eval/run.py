@@ -24,6 +24,7 @@ from envs.calvin.tasks import TASKS
 from eval.environment import EnvConfig
 from eval.progress import LiveLine, duration
 from eval.protocol import MAX_STEPS, load_instructions, select_chains, used_protocol
+from eval.provenance import policy_provenance
 from eval.results import REPORT_FILE, RESULTS_FILE, assemble, error_message, headline, write_json
 from eval.sequences import OFFICIAL_CHAINS
 from eval.workers import Job, run_chains
@@ -62,7 +63,7 @@ class EvalConfig:
     def __post_init__(self):
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}, expected zero or more")
-        policies.checkpoint_folder(self.policy)
+        policy_provenance(self.policy)  # names an unknown policy or a damaged checkpoint now, not after hours
 
 
 def main(config: EvalConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,12 @@ class ReplayPolicy:
 def _read(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise ValueError(f"no file {path} to replay")
-    with np.load(path, allow_pickle=False) as file:
-        recordings = {name: np.asarray(file[name], dtype=np.float32) for name in file.files}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            recordings = {name: np.asarray(file[name], dtype=np.float32) for name in file.files}
+    except (zipfile.BadZipFile, EOFError, AttributeError, ValueError) as error:
+        # A bare .npy gives an array, which has neither files nor an end.
+        raise ValueError(f"{path} is not a whole .npz file of numbers: {error}") from error
     if not recordings:
         raise ValueError(f"{path} holds no arrays; expected arrays (T, {ACTION_DIM}) named after tasks, or one named 'actions'")
     for name, actions in recordings.items():

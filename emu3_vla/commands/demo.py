@@ -12,6 +12,7 @@ from pathlib import Path
 import policies
 from eval.environment import EnvConfig
 from eval.protocol import MAX_STEPS
+from eval.provenance import policy_provenance
 from eval.rollout import film
 from eval.sequences import OFFICIAL_CHAINS, long_horizon_sequences
 
@@ -35,7 +36,7 @@ class DemoConfig:
             raise ValueError(f"chains={list(self.chains)} names a chain twice")
         if self.max_steps < 1 or self.frame_stride < 1 or self.seed < 0:
             raise ValueError("max_steps and frame_stride must be at least 1, and seed at least 0")
-        policies.checkpoint_folder(self.policy)
+        policy_provenance(self.policy)  # names an unknown policy or a damaged checkpoint now, not after hours
 
 
 def main(config: DemoConfig) -> None:

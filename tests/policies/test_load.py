@@ -92,6 +92,9 @@ def test_replay_plays_the_tasks_actions_and_then_says_that_it_ended(tmp_path):
 def test_unusable_replays_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no file"):
         policies.load("replay", path=tmp_path / "none.npz")
+    (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04 cut short")
+    with pytest.raises(ValueError, match="is not a whole .npz file"):
+        ReplayPolicy(tmp_path / "cut.npz")
     np.savez(tmp_path / "flat.npz", open_drawer=np.zeros(7))
     with pytest.raises(ValueError, match=r"'open_drawer' has shape \(7,\)"):
         ReplayPolicy(tmp_path / "flat.npz")
