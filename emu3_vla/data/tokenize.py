@@ -51,8 +51,9 @@ class TokenizeConfig:
     normalizer: str = ""  # normalizer.json that goes with action_tokenizer
     text_tokenizer: str = ""  # folder; empty: fit on the store's wordings
     horizon: int = 10  # control steps of a chunk
-    action_scale: float = 10.0  # of a fitted FAST: larger is finer and longer
-    action_vocab_size: int = 512
+    action_range: str = "minmax"  # of a fitted normaliser: minmax, quantile or meanstd; see action_tokenizer.ActionNormalizer
+    action_scale: float = 7.0  # of a fitted FAST: larger is finer and longer
+    action_vocab_size: int = 1024
     text_vocab_size: int = 512
     workers: int = 2  # processes, one thread each
 
@@ -211,7 +212,7 @@ def _fit_action_tokenizer(config: TokenizeConfig, source: EpisodeStore, output: 
     if not episodes:
         raise ValueError(f"{source.path} holds no episode; collect some before tokenizing")
     own = np.concatenate([columns["actions"][columns["imitate"]] for columns in episodes])
-    normalizer = ActionNormalizer.fit(own)
+    normalizer = ActionNormalizer.fit(own, mode=config.action_range)
     chunks = np.concatenate([chunks_of(c["actions"], c["frame_step"], config.horizon) for c in episodes])
     tokenizer = FastTokenizer.fit(
         normalizer.normalize(chunks), scale=config.action_scale, vocab_size=config.action_vocab_size
