@@ -14,8 +14,8 @@ import numpy as np
 
 from action_tokenizer import files
 from action_tokenizer.dct import check_chunks
-from action_tokenizer.errors import ActionTokenizerError, BadActions, CoefficientOutOfRange, TokenizerFilesError
 from action_tokenizer.detokenize import check_counts
+from action_tokenizer.errors import ActionTokenizerError, BadActions, CoefficientOutOfRange, TokenizerFilesError
 from action_tokenizer.grammar import ActionGrammar, single_transitions
 
 FILE = "bins.json"

@@ -41,6 +41,7 @@ class FastTokenizer:
         self.horizon, self.action_dim = config.horizon, config.action_dim
         self.vocab_size = bpe.get_vocab_size()
         self._encoder = ChunkEncoder(bpe)
+        self._grammars: dict[tuple, ActionGrammar] = {}
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> FastTokenizer:
@@ -110,8 +111,15 @@ class FastTokenizer:
         limit: permit only coefficients that a chunk within [-limit, limit] can have. Default: all that `decode` reads.
         """
         horizon, action_dim = self._shape(horizon, action_dim)
+        if (horizon, action_dim, limit) not in self._grammars:
+            self._grammars[horizon, action_dim, limit] = self._grammar(horizon, action_dim, limit)
+        return self._grammars[horizon, action_dim, limit]
+
+    def _grammar(self, horizon: int, action_dim: int, limit: float | None) -> ActionGrammar:
         bounds = (0, bytelevel.MAX_CODE_POINT)
         if limit is not None:
+            if not limit > 0:
+                raise ActionTokenizerError(f"limit is {limit}, expected a positive number")
             bound = dct.coefficient_bound(horizon, self.scale, limit)
             bounds = (max(0, -bound - self.min_token), bound - self.min_token)
         return ActionGrammar(byte_transitions(self._token_bytes, *bounds), horizon=horizon, action_dim=action_dim)

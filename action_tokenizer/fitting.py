@@ -68,11 +68,14 @@ def _alphabet(low: int, high: int, vocab_size: int) -> list[str]:
     """The byte characters that coefficients low .. high need, ascending by byte."""
     if high - low >= bytelevel.SURROGATES.start:
         raise BadActions(
-            f"coefficients span {low} to {high}, more than {bytelevel.SURROGATES.start} characters; normalise the actions or lower the scale"
+            f"coefficients span {low} to {high}, more than {bytelevel.SURROGATES.start} characters; "
+            "normalise the actions or lower the scale"
         )
     used = sorted({byte for point in range(high - low + 1) for byte in chr(point).encode()})
     if vocab_size < len(used):
-        raise BadActions(f"vocab_size is {vocab_size}, but coefficients {low} to {high} need {len(used)} bytes; raise it or lower the scale")
+        raise BadActions(
+            f"vocab_size is {vocab_size}, but coefficients {low} to {high} need {len(used)} bytes; raise it or lower the scale"
+        )
     return [bytelevel.byte_to_char()[byte] for byte in used]
 
 

@@ -29,7 +29,8 @@ def scatter_svg(points: Sequence[tuple[str, float, float]], *, x_label: str, y_l
         parts.append(f'<text x="{LEFT - 8}" y="{up(value) + 4:.1f}" text-anchor="end">{value:g}</text>')
     for number, (name, x, y) in enumerate(points):
         colour = COLOURS[number % len(COLOURS)]
-        parts.append(f'<circle cx="{across(x):.1f}" cy="{up(y):.1f}" r="6" fill="{colour}"><title>{escape(name)}: {x:.3g}, {y:.3g}</title></circle>')
+        hint = f"<title>{escape(name)}: {x:.3g}, {y:.3g}</title>"
+        parts.append(f'<circle cx="{across(x):.1f}" cy="{up(y):.1f}" r="6" fill="{colour}">{hint}</circle>')
         parts.append(f'<circle cx="{WIDTH - RIGHT + 16}" cy="{TOP + 10 + 22 * number}" r="6" fill="{colour}"/>')
         parts.append(f'<text x="{WIDTH - RIGHT + 28}" y="{TOP + 14 + 22 * number}">{escape(name)}</text>')
     middle = (TOP + HEIGHT - BOTTOM) / 2

@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 RAYON_NUM_THREADS=1 python benchmarks/action_tokens.py
     EMU3_VLA_REFERENCE=<folder> ... python benchmarks/action_tokens.py      # the published tokenizers too
 
-Batches of 1000 chunks, one thread, processor time, best of several repeats. "plain" is the published code's steps one chunk at a time with the
-`tokenizers` library; "wrapped" the same through Transformers' PreTrainedTokenizerFast, which is what the published code calls.
+Batches of 1000 chunks, one thread, processor time, best of several repeats. "plain" is the published code's steps one chunk at a
+time with the `tokenizers` library; "wrapped" the same through Transformers' PreTrainedTokenizerFast, which the published code calls.
 "first" is our first batch after loading, which fills the table of neighbouring tokens; "ours" any later one.
 """
 

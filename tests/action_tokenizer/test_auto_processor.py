@@ -1,5 +1,6 @@
 """Files that are written here load in Transformers' AutoProcessor and give the same ids."""
 
+import json
 import os
 import subprocess
 import sys
@@ -31,8 +32,6 @@ np.savez(out, decoded=decoded, ids=json.dumps(ids), refused=len(refused))
 
 
 def test_auto_processor_reads_our_files(fitted, chunks, tmp_path):
-    import json
-
     fitted.save_pretrained(tmp_path / "tokenizer", processor_code=True)
     np.save(tmp_path / "actions.npy", chunks[:40])
     environment = os.environ | {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

@@ -5,8 +5,19 @@ import numpy as np
 import pytest
 from action_chunks import smooth_chunks
 
-from action_tokenizer import ActionNormalizer, ActionStatistics, ActionTokenizer, ActionTokenizerError, BadActions, BinTokenizer
-from action_tokenizer import CoefficientOutOfRange, FastTokenizer, MalformedActionTokens, TokenizerFilesError, chunks_of
+from action_tokenizer import (
+    ActionNormalizer,
+    ActionStatistics,
+    ActionTokenizer,
+    ActionTokenizerError,
+    BadActions,
+    BinTokenizer,
+    CoefficientOutOfRange,
+    FastTokenizer,
+    MalformedActionTokens,
+    TokenizerFilesError,
+    chunks_of,
+)
 from action_tokenizer.compare import CompareConfig, main, read_actions
 from action_tokenizer.plot import ticks
 from action_tokenizer.report import CALVIN_RELATIVE, report

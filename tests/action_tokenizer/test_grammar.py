@@ -5,8 +5,9 @@ import pytest
 from action_chunks import smooth_chunks
 
 from action_tokenizer import MalformedActionTokens
+from action_tokenizer.bytelevel import MAX_CODE_POINT
 from action_tokenizer.errors import ActionTokenizerError
-from action_tokenizer.grammar import ActionGrammar, Transitions
+from action_tokenizer.grammar import ActionGrammar, Transitions, byte_transitions
 
 SHAPES = [(1, 1), (5, 7), (10, 7), (16, 8), (2, 32)]
 
@@ -70,10 +71,7 @@ def test_everything_encoded_is_permitted_and_ends_when_whole(published):
 
 def test_the_grammar_permits_exactly_the_prefixes_that_have_a_completion(fitted_two_bytes):
     """Against a brute-force search over all id sequences of a small vocabulary and chunk."""
-    token_bytes = [bytes([0x41]), bytes([0xC3]), bytes([0xA9]), bytes([0x41, 0xC3]), bytes([0xA9, 0x41]), "éé".encode(), b"\xe0\xa0\x80", b"\xff", b""]
-    from action_tokenizer.bytelevel import MAX_CODE_POINT
-    from action_tokenizer.grammar import byte_transitions
-
+    token_bytes = [b"A", b"\xc3", b"\xa9", b"A\xc3", b"\xa9A", "éé".encode(), b"\xe0\xa0\x80", b"\xff", b""]
     grammar = ActionGrammar(byte_transitions(token_bytes, 0, MAX_CODE_POINT), horizon=3, action_dim=1)
     whole, prefixes = set(), set()
 
@@ -145,6 +143,12 @@ def test_a_vocabulary_that_cannot_write_the_chunk_is_refused():
     pairs_only = Transitions(np.full((1, 3), 2, np.int32), np.zeros((1, 3), np.int32), np.zeros(1, np.int32))
     with pytest.raises(ActionTokenizerError, match="exactly 1×3 coefficients"):
         ActionGrammar(pairs_only, horizon=1, action_dim=3)
+
+
+def test_a_limit_must_be_positive(fitted):
+    for limit in (0, -1.0, float("nan")):
+        with pytest.raises(ActionTokenizerError, match="expected a positive number"):
+            fitted.grammar(limit=limit)
 
 
 def test_long_chunks_share_masks(fitted):
