@@ -27,6 +27,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "collect": ("emu3_vla.commands.collect:CollectConfig", "scripted expert's episodes, with disturbances, into an episode store"),
     "train-tokenizer": ("emu3_vla.vision_tokenizer.train:TrainTokenizerConfig", "train a vision tokenizer on an episode store"),
     "tokenize": ("emu3_vla.data.tokenize:TokenizeConfig", "episode store → token store"),
+    "compare-action-tokenizers": (
+        "action_tokenizer.compare:CompareConfig",
+        "tokens, error and time of FAST and binning on the same chunks",
+    ),
     "train": ("emu3_vla.training.loop:TrainConfig", "next-token prediction on a token store"),
     "eval": ("eval.run:EvalConfig", "score a policy on CALVIN's long-horizon chains"),
     "rollout": ("eval.rollout:RolloutConfig", "one chain, with video and a Rerun recording"),

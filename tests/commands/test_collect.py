@@ -1,0 +1,55 @@
+"""Collecting is resumable: a run that was killed and run again leaves what an uninterrupted one does."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from emu3_vla import cli
+from emu3_vla.data.episodes import EpisodeStore
+
+OPTIONS = ("preset=debug", "shards=3", "workers=1", "demonstration.frame_stride=20")
+
+
+def _contents(folder) -> list:
+    store = EpisodeStore.open(folder)
+    return [
+        (episode.task, episode.instruction, episode.actions.tobytes(), episode.scene_obs.tobytes(), episode.rgb_static.tobytes())
+        for index in store.shard_indices()
+        for episode in store.read_shard(index)
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("collect") / "whole"
+    assert cli.main(["collect", *OPTIONS, f"output_dir={folder}"]) == 0
+    return folder
+
+
+def test_killed_and_run_again_equals_one_run(whole, tmp_path):
+    folder = tmp_path / "killed"
+    command = [sys.executable, "-m", "emu3_vla.cli", "collect", *OPTIONS, f"output_dir={folder}"]
+    process = subprocess.Popen(command, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (folder / "shards/00000.zarr").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    subprocess.run(["pkill", "-KILL", "-g", str(process.pid)], check=False)
+    assert len(EpisodeStore.open(folder).shard_indices()) < 3
+    assert cli.main(["collect", *OPTIONS, f"output_dir={folder}"]) == 0
+    assert _contents(folder) == _contents(whole)
+
+
+def test_store_says_what_it_holds(whole):
+    store = EpisodeStore.open(whole)
+    totals = store.totals()
+    assert totals.shards == 3 and totals.episodes >= 3
+    episode = store.read_shard(0)[0]
+    assert episode.instruction in store.metadata["wordings"][episode.task]
+    assert np.all(np.diff(episode.frame_step) <= 20)
