@@ -22,7 +22,7 @@ class LossConfig:
     action_weight: float = 1.0
     text_weight: float = 0.02  # the instruction is given when acting
     vision_weight: float = 0.1
-    vision_loss_fraction: float = 0.15  # of the blocks of a batch, drawn at random: the depth decoder costs as much as the trunk
+    vision_loss_fraction: float = 0.05  # of the blocks of a batch, drawn at random: the depth decoder costs as much as the trunk
     label_smoothing: float = 0.0  # of text and action targets
 
     def __post_init__(self):

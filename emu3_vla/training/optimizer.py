@@ -54,7 +54,7 @@ class FlatAdamW:
         self.master = torch.cat([parameter.detach().float().flatten() for parameter in self._parameters])
         self.average = self.master.clone()
         self.gradient = torch.zeros_like(self.master)
-        self.working = self.master.to(dtype)
+        self.working = self.master.to(dtype, copy=True)
         self.working_gradient = torch.zeros_like(self.working)
         # The parameters alone: model.to(dtype) would round the rotary frequencies too.
         for parameter, weights, gradient in zip(

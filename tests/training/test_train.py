@@ -1,0 +1,173 @@
+"""Training on a tiny store: learns, resumes after SIGKILL to the same weights, says why it stops."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny_tokens
+import torch
+from safetensors.torch import load_file
+
+from emu3_vla.training import loop, state
+from emu3_vla.training.figures import LossConfig
+from emu3_vla.training.loop import ModelSizes, TrainConfig, learning_rate
+from emu3_vla.training.optimizer import FlatAdamW, OptimizerConfig
+
+TIMINGS = ("chunks_per_s", "positions_per_s", "step_s")
+
+
+def _records(output: Path) -> list[dict]:
+    """Lines of metrics.jsonl without what the clock decides."""
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMINGS} for line in lines]
+
+
+def _weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "policy" / "model" / "model.safetensors")
+
+
+def _assert_same(one: Path, other: Path) -> None:
+    assert _records(one) == _records(other)
+    left, right = _weights(one), _weights(other)
+    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def _train_in_child(tokens: Path, output: Path, options: dict) -> subprocess.Popen:
+    here = Path(__file__).parents[1]
+    path = os.pathsep.join([str(here.parent), str(here)])
+    code = f"import tiny_tokens, pathlib\nif __name__ == '__main__': tiny_tokens.train(pathlib.Path({str(tokens)!r}), pathlib.Path({str(output)!r}), **{options!r})"
+    script = output / "train_in_child.py"
+    script.write_text(code)
+    return subprocess.Popen([sys.executable, script], env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
+
+
+def _kill_after(child: subprocess.Popen, output: Path, lines: int) -> None:
+    metrics, deadline = output / "metrics.jsonl", time.monotonic() + 240
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < lines:
+        assert child.poll() is None, "training ended before it could be killed"
+        assert time.monotonic() < deadline, "training never came far enough to be killed"
+        time.sleep(0.005)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+
+
+def test_killed_run_ends_where_an_unbroken_one_does(tiny_store, tmp_path):
+    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
+    options = {"steps": 200, "checkpoint_every": 3, "validate_every": 50}
+    for folder in (unbroken, killed):
+        folder.mkdir()
+    child = _train_in_child(tiny_store.path, killed, options)
+    _kill_after(child, killed, lines=9)
+    assert not (killed / "policy").exists()
+    resumed_from = state_step(killed)
+    assert 0 < resumed_from < 200
+    tiny_tokens.train(tiny_store.path, killed, **options)
+    tiny_tokens.train(tiny_store.path, unbroken, **options)
+    _assert_same(unbroken, killed)
+
+
+def state_step(output: Path) -> int:
+    return max(int(folder.name.removeprefix("step-")) for folder in (output / "state").glob("step-*"))
+
+
+def test_two_processes_learn_what_one_does(tiny_store, tmp_path):
+    """The same data and weighting, so the same losses up to the order of sums; in float32, where that order matters least."""
+    outputs = [tmp_path / "one", tmp_path / "two"]
+    for processes, output in enumerate(outputs, start=1):
+        output.mkdir()
+        # All blocks: which are drawn depends on the process.
+        loss = LossConfig(vision_loss_fraction=1.0)
+        tiny_tokens.train(tiny_store.path, output, steps=4, precision="fp32", processes=processes, loss=loss)
+    for one, two in zip(*(_records(output) for output in outputs), strict=True):
+        for key, value in one.get("validation", one).items():
+            assert two.get("validation", two)[key] == pytest.approx(value, rel=2e-3, abs=1e-5), key
+
+
+def test_learns_what_the_pictures_say(tiny_store, tmp_path):
+    """Speed follows from the picture; a model that looks away cannot reach this loss."""
+    optimizer = OptimizerConfig(learning_rate=5e-3, warmup_steps=5, ema_decay=0.9)
+    tiny_tokens.train(tiny_store.path, tmp_path, steps=250, validate_every=50, optimizer=optimizer)
+    losses = [record["validation"]["loss_action"] for record in _records(tmp_path) if "validation" in record]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_finished_run_is_left_alone(tiny_store, tmp_path, capsys):
+    policy = tiny_tokens.train(tiny_store.path, tmp_path, steps=2)
+    written = (policy / "provenance.json").read_bytes()
+    assert tiny_tokens.train(tiny_store.path, tmp_path, steps=2) == policy
+    assert (policy / "provenance.json").read_bytes() == written
+    assert capsys.readouterr().out.strip().endswith(str(policy))
+
+
+def test_init_from_starts_at_another_checkpoint(tiny_store, tiny_checkpoint, tmp_path):
+    tiny_tokens.train(
+        tiny_store.path, tmp_path, steps=1, init_from=str(tiny_checkpoint), optimizer=OptimizerConfig(learning_rate=1e-12)
+    )
+    before, after = load_file(tiny_checkpoint / "model" / "model.safetensors"), _weights(tmp_path)
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor)
+
+
+def test_diverging_stops_with_a_name_and_no_policy(tiny_store, tmp_path, monkeypatch):
+    monkeypatch.setattr(FlatAdamW, "step", lambda self, step, rate: math.nan if step == 1 else 1.0)
+    with pytest.raises(loop.TrainingDiverged, match=r"step 1: the gradient's norm is nan.*learning_rate"):
+        tiny_tokens.train(tiny_store.path, tmp_path, steps=3)
+    assert not (tmp_path / "policy").exists()
+
+
+def test_state_of_another_model_is_refused(tiny_store, tmp_path):
+    tiny_tokens.train(tiny_store.path, tmp_path, steps=2)
+    optimizer = FlatAdamW(torch.nn.Linear(3, 3), OptimizerConfig(), torch.float32)
+    with pytest.raises(state.TrainingStateError, match="another model"):
+        state.load(tmp_path / "state", optimizer)
+    (tmp_path / "state" / "step-000002" / state.STATE_FILE).write_bytes(b"short")
+    with pytest.raises(state.TrainingStateError, match="step-000002 is damaged"):
+        state.load(tmp_path / "state", optimizer)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"precision": "fp8"}, "precision is 'fp8', expected one of bf16, fp32"),
+        ({"history": 3}, "history is 3, expected -1 to 2 with chunks=3"),
+        ({"batch_size": 9, "processes": 2}, "no multiple of processes=2"),
+        ({"validation_fraction": 1.0}, "validation_fraction is 1.0"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(tokens="somewhere", **values)
+
+
+def test_nested_options_are_checked():
+    for make, message in (
+        (lambda: OptimizerConfig(learning_rate=0), "optimizer.learning_rate is 0"),
+        (lambda: OptimizerConfig(ema_decay=1), "optimizer.ema_decay is 1"),
+        (lambda: LossConfig(vision_loss_fraction=2), "loss.vision_loss_fraction is 2"),
+        (lambda: LossConfig(text_weight=-1), "loss.text_weight is -1"),
+        (lambda: ModelSizes(hidden_size=100, num_attention_heads=3), "no multiple of model.num_attention_heads=3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+
+
+def test_missing_store_is_named(tmp_path):
+    with pytest.raises((FileNotFoundError, ValueError), match="nowhere"):
+        loop.main(TrainConfig(tokens=str(tmp_path / "nowhere"), output_dir=str(tmp_path), processes=2))
+
+
+def test_learning_rate_warms_up_and_falls():
+    config = TrainConfig(tokens="", steps=100, optimizer=OptimizerConfig(learning_rate=1.0, warmup_steps=10, final_fraction=0.1))
+    rates = [learning_rate(step, config) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1, rel=0.01)
+    assert max(rates) == pytest.approx(1, rel=0.03) and rates.index(max(rates)) in (9, 10)
+    assert rates[-1] == pytest.approx(0.1, rel=0.01)
+    assert dataclasses.replace(config, seed=1).seed == 1
