@@ -58,7 +58,7 @@ class LiveLine:
 
 
 def duration(seconds: float) -> str:
-    """"1:02:03" or "2:03"."""
+    """ "1:02:03" or "2:03"."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -67,11 +67,7 @@ _WORDING = {
 
 def deviations(used: dict[str, Any], errors: int = 0) -> list[str]:
     """Each difference from the official protocol in words; empty when there is none. errors: chains left out because they broke."""
-    found = [
-        _WORDING[key].format(used=used[key], official=official)
-        for key, official in OFFICIAL.items()
-        if used[key] != official
-    ]
+    found = [_WORDING[key].format(used=used[key], official=official) for key, official in OFFICIAL.items() if used[key] != official]
     if isinstance(used["chains"], str):
         found[0] = f"{used['chains']} for the {OFFICIAL['chains']} official chains"
     if errors:
@@ -95,7 +91,9 @@ def select_chains(number: int, tasks: Sequence[str] = ()) -> list[tuple[int, Cha
     allowed = set(tasks)
     chains = [(index, chain) for index, chain in enumerate(long_horizon_sequences()) if allowed.issuperset(chain[1])]
     if len(chains) < number:
-        raise ValueError(f"only {len(chains)} of the {OFFICIAL_CHAINS} chains consist of those {len(allowed)} tasks; {number} were asked for")
+        raise ValueError(
+            f"only {len(chains)} of the {OFFICIAL_CHAINS} chains consist of those {len(allowed)} tasks; {number} were asked for"
+        )
     return chains[:number]
 
 

@@ -82,7 +82,10 @@ class Recorder(Watcher):
     def subtask_begins(self, position: int, attempt: Attempt) -> None:
         self.path_of_tool = self.path_of_tool[-1:]
         self._at(self.step)
-        self._log("instruction", rr.TextDocument(f"# {attempt.instruction}\n\nsubtask {position + 1}: `{attempt.task}`", media_type="text/markdown"))
+        self._log(
+            "instruction",
+            rr.TextDocument(f"# {attempt.instruction}\n\nsubtask {position + 1}: `{attempt.task}`", media_type="text/markdown"),
+        )
         self._event(f"subtask {position + 1} begins: {attempt.task} “{attempt.instruction}”", rr.TextLogLevel.INFO)
 
     def decided(self, answer: dict[str, Any]) -> None:

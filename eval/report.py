@@ -19,9 +19,7 @@ CHART_WIDTH, CHART_HEIGHT = 560, 260
 LEFT, RIGHT, TOP, BOTTOM = 44, 12, 14, 34
 
 
-def write_report(
-    results: dict[str, Any], path: Path, *, video: Path | None = None, thumbnails: list[dict[str, Any]] | None = None
-) -> None:
+def write_report(results: dict[str, Any], path: Path, *, video: Path | None = None, thumbnails: list[dict[str, Any]] | None = None) -> None:
     """Write report.html, whole or not at all.
 
     results: what results.json holds. video: an MP4, embedded up to 24 MiB and linked by its name above that. thumbnails: as
@@ -88,8 +86,8 @@ def _chart(results: dict[str, Any]) -> dict[str, Any] | None:
         for entry in positions
     ]
     grid = [{"share": share, "y": y(share)} for share in (0, 0.25, 0.5, 0.75, 1)]
-    return {"width": CHART_WIDTH, "height": CHART_HEIGHT, "left": LEFT, "right": CHART_WIDTH - RIGHT, "base": y(0), "bar": round(step * 0.56, 1),
-            "bars": bars, "grid": grid}  # fmt: skip
+    frame = {"width": CHART_WIDTH, "height": CHART_HEIGHT, "left": LEFT, "right": CHART_WIDTH - RIGHT, "base": y(0)}
+    return frame | {"bar": round(step * 0.56, 1), "bars": bars, "grid": grid}
 
 
 def _facts(results: dict[str, Any]) -> list[tuple[str, str]]:

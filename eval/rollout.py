@@ -82,7 +82,9 @@ def chain_of(tasks: Sequence[str]) -> tuple[int, Chain]:
     for index, (condition, _) in enumerate(long_horizon_sequences()):
         if is_possible(condition, tasks):
             return index, (condition, tuple(tasks))
-    raise ValueError(f"tasks={list(tasks)}: no chain's initial state allows these one after another (is the drawer opened before it is closed?)")
+    raise ValueError(
+        f"tasks={list(tasks)}: no chain's initial state allows these one after another (is the drawer opened before it is closed?)"
+    )
 
 
 def film(

@@ -14,7 +14,6 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,9 +72,7 @@ def main(config: EvalConfig) -> None:
     folder = Path(config.output_dir)
     instructions = load_instructions(config.eval.annotations)
     chains = select_chains(config.eval.num_sequences, config.eval.tasks)
-    job = Job(
-        policy=config.policy, env=config.env, instructions=instructions, max_steps=config.eval.max_steps, seed=config.seed
-    )
+    job = Job(policy=config.policy, env=config.env, instructions=instructions, max_steps=config.eval.max_steps, seed=config.seed)
     began = time.perf_counter()
     with ChainLog(folder / CHAINS_FILE) as log, LiveLine() as line:
         meter = _Meter(line, total=len(chains), done=[log.done[index] for index, _ in chains if index in log.done])

@@ -196,9 +196,7 @@ def _work(connection: Connection, job: Job) -> None:
             index, chain = connection.recv()
         except EOFError:
             return
-        result = run_chain(
-            env, policy, index, chain, job.instructions, max_steps=job.max_steps, seed=job.seed, watcher=ticker
-        )
+        result = run_chain(env, policy, index, chain, job.instructions, max_steps=job.max_steps, seed=job.seed, watcher=ticker)
         connection.send(("finished", result.to_json()))
 
 

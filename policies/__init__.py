@@ -1,8 +1,8 @@
 """Policies: things that are told an instruction and answer observations with action chunks.
 
-    policy = policies.load("expert", scene="D")
-    policy = policies.load("outputs/train/3f2a91c0/policy")
-    policy = policies.load("my_package.my_module:MyPolicy", speed=2)
+policy = policies.load("expert", scene="D")
+policy = policies.load("outputs/train/3f2a91c0/policy")
+policy = policies.load("my_package.my_module:MyPolicy", speed=2)
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`emu3-vla demo`: the shipped policy drives the simulated arm through a few chains, and everything is recorded.
 
-    emu3-vla demo
-    emu3-vla demo policy=expert 'chains=[0,1]'
+emu3-vla demo
+emu3-vla demo policy=expert 'chains=[0,1]'
 """
 
 from __future__ import annotations

@@ -401,8 +401,4 @@ def _expanded() -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
 
 @cache
 def _tasks_by_sentence() -> dict[str, str]:
-    return {
-        sentence: task
-        for task, (training, validation) in _expanded().items()
-        for sentence in (*training, *validation)
-    }
+    return {sentence: task for task, (training, validation) in _expanded().items() for sentence in (*training, *validation)}

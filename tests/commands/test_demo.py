@@ -22,7 +22,12 @@ def test_demo_leaves_its_files_and_runs_twice(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
-    [(["chains=[]"], "expected one or more"), (["chains=[1000]"], "from 0 to 999"), (["chains=[1,1]"], "twice"), (["policy=exprt"], "did you mean 'expert'")],
+    [
+        (["chains=[]"], "expected one or more"),
+        (["chains=[1000]"], "from 0 to 999"),
+        (["chains=[1,1]"], "twice"),
+        (["policy=exprt"], "did you mean 'expert'"),
+    ],
 )
 def test_wrong_options_are_said(overrides, message):
     with pytest.raises(UsageError, match=message):

@@ -159,7 +159,12 @@ def test_box_and_cylinder_are_closed_and_sized():
 
 def test_obj_indices_of_every_form(tmp_path):
     square = "v 0 0 0\nv 1 0 0\nv 1 1 0\nv 0 1 0\nvt 0 0\nvt 1 0\nvt 1 1\nvt 0 1\nvn 0 0 1\n"
-    for name, face in (("plain", "f 1 2 3 4"), ("negative", "f -4 -3 -2 -1"), ("normals", "f 1//1 2//1 3//1 4//1"), ("all", "f 1/1/1 2/2/1 3/3/1 4/4/1")):
+    for name, face in (
+        ("plain", "f 1 2 3 4"),
+        ("negative", "f -4 -3 -2 -1"),
+        ("normals", "f 1//1 2//1 3//1 4//1"),
+        ("all", "f 1/1/1 2/2/1 3/3/1 4/4/1"),
+    ):
         (tmp_path / f"{name}.obj").write_text(square + face + "\n")
         mesh = load_mesh(tmp_path / f"{name}.obj", np.ones(3) * 2)
         np.testing.assert_allclose(mesh.positions, 2 * np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 0, 0], [1, 1, 0], [0, 1, 0]]))
