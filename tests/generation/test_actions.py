@@ -1,0 +1,64 @@
+"""Constrained decoding: whatever the weights, what is written decodes to one chunk of the right shape."""
+
+import numpy as np
+import pytest
+import torch
+
+from action_tokenizer import FastTokenizer
+from emu3_vla.checkpoint import load
+from emu3_vla.generation.actions import ActionWriter, DecodingFailed
+from emu3_vla.generation.cache import CachedTrunk
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_checkpoint):
+    return load(tiny_checkpoint, dtype=torch.float32)
+
+
+def _writer(loaded, **options) -> ActionWriter:
+    grammar = loaded.action_tokenizer.grammar(horizon=10, action_dim=7)
+    return ActionWriter(loaded.model, loaded.vocabulary, grammar, **options)
+
+
+def _state(loaded, seed: int, scale: float = 1.0) -> torch.Tensor:
+    return scale * torch.randn(loaded.model.config.hidden_size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 100.0])
+def test_every_chunk_decodes(loaded, temperature):
+    writer, tokenizer = _writer(loaded, temperature=temperature), loaded.action_tokenizer
+    assert isinstance(tokenizer, FastTokenizer)
+    for seed in range(10):
+        trunk = CachedTrunk(loaded.model, 200)
+        written = writer.write(trunk, _state(loaded, seed, scale=3), torch.Generator().manual_seed(seed))
+        assert tokenizer.decode([written.ids], horizon=10, action_dim=7).shape == (1, 10, 7)
+        assert trunk.length == len(written.ids) - 1
+        assert len(written.entropy) == len(written.ids) and min(written.entropy) >= 0
+        assert 0 <= written.probability <= 1
+
+
+def test_the_same_seed_draws_the_same_ids(loaded):
+    writer = _writer(loaded, temperature=2.0)
+    drawn = [
+        writer.write(CachedTrunk(loaded.model, 200), _state(loaded, 0), torch.Generator().manual_seed(seed)).ids
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_greedy_takes_the_likeliest_permitted_id(loaded):
+    grammar = loaded.action_tokenizer.grammar(horizon=10, action_dim=7)
+    state, vocabulary = _state(loaded, 3), loaded.vocabulary
+    logits = loaded.model.lm_head(state)[vocabulary.action_start : vocabulary.end_of_chunk + 1].detach().numpy()
+    best = int(np.where(grammar.mask(grammar.start()), logits, -np.inf).argmax())
+    assert _writer(loaded).write(CachedTrunk(loaded.model, 200), state).ids[0] == best
+
+
+def test_logits_that_are_no_numbers_make_no_action(loaded):
+    with pytest.raises(DecodingFailed, match="NaN or infinity"):
+        _writer(loaded).write(CachedTrunk(loaded.model, 200), torch.full((loaded.model.config.hidden_size,), torch.nan))
+
+
+def test_negative_temperature_is_refused(loaded):
+    with pytest.raises(ValueError, match="temperature is -1"):
+        _writer(loaded, temperature=-1)

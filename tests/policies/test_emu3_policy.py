@@ -1,0 +1,124 @@
+"""The Emu3 policy: its contract, its cache against computing everything anew, its refusals."""
+
+import numpy as np
+import pytest
+import torch
+
+from emu3_vla.checkpoint import load
+from emu3_vla.documents import ActionChunk, Image, Text, collate, length_of
+from envs.spec import check_action
+from policies.base import Policy
+from policies.emu3 import Emu3Policy
+
+
+def _observation(seed: int) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    return {
+        "rgb_static": random.integers(0, 256, (200, 200, 3), dtype=np.uint8),
+        "rgb_gripper": random.integers(0, 256, (84, 84, 3), dtype=np.uint8),
+    }
+
+
+@pytest.fixture
+def policy(tiny_checkpoint) -> Emu3Policy:
+    return Emu3Policy(tiny_checkpoint)
+
+
+def test_is_a_policy(policy):
+    assert isinstance(policy, Policy)
+    assert policy.requires == {"rgb_static", "rgb_gripper"}
+    policy.reset("go left")
+    decision = policy.infer(_observation(0))
+    assert decision["actions"].shape == (10, 7) and decision["actions"].dtype == np.float32
+    for action in decision["actions"]:
+        check_action(action)
+    assert decision["timing_s"].keys() == {"encode", "prefill", "decode", "detokenize"}
+    assert len(decision["token_ids"]) == len(decision["entropy"]) > 0
+
+
+def test_actions_are_what_the_ids_say(policy):
+    policy.reset("go left")
+    decision = policy.infer(_observation(0))
+    tokenizer, normalizer = policy.checkpoint.action_tokenizer, policy.checkpoint.normalizer
+    exact = normalizer.denormalize(tokenizer.decode([decision["token_ids"]], horizon=10, action_dim=7)[0])
+    np.testing.assert_allclose(decision["actions"][:, :6], exact[:, :6].clip(-1, 1), atol=1e-6)
+    assert decision["clipped"] == (np.abs(exact[:, :6]) > 1).sum()
+    np.testing.assert_array_equal(decision["actions"][:, 6], np.where(exact[:, 6] >= 0, 1, -1))
+
+
+@pytest.mark.parametrize("history", [0, 1, 2])
+def test_cache_gives_what_the_whole_document_gives(tiny_checkpoint, history):
+    """Over more chunks than are shown, the state after "begin of action" is the one computed from the document alone."""
+    policy = Emu3Policy(tiny_checkpoint, history=history)
+    seen, write = [], policy._writer.write
+    policy._writer.write = lambda trunk, state, generator: seen.append(state) or write(trunk, state, generator)
+    reference = load(tiny_checkpoint, dtype=torch.float32)
+    policy.reset("go left")
+    past = []
+    for step in range(5):
+        images = policy._look(_observation(step))
+        decision = policy.infer(_observation(step))
+        shown = past[len(past) - history :] if history else []
+        expected = _state(reference, [Text(reference.text_tokenizer.encode("go left")), *sum(shown, []), *images])
+        torch.testing.assert_close(seen[-1], expected, atol=2e-4, rtol=1e-3)
+        past.append([*images, ActionChunk(decision["token_ids"])])
+
+
+@torch.no_grad()
+def _state(reference, document: list) -> torch.Tensor:
+    document = [*document, ActionChunk([0])]
+    states = reference.model.states(collate([document], reference.vocabulary))
+    return states[length_of(document, reference.vocabulary) - 3]  # before the id and end of chunk: "begin of action"
+
+
+def test_reset_forgets(policy):
+    policy.reset("go left")
+    first = [policy.infer(_observation(step)) for step in range(3)]
+    policy.reset("go right")
+    policy.infer(_observation(9))
+    policy.reset("go left")
+    again = [policy.infer(_observation(step)) for step in range(3)]
+    assert [d["token_ids"] for d in first] == [d["token_ids"] for d in again]
+
+
+def test_drawing_is_seeded_by_reset(tiny_checkpoint):
+    policy, drawn = Emu3Policy(tiny_checkpoint, temperature=1.5), []
+    for seed in (5, 5, 6):
+        policy.reset("go left", seed=seed)
+        drawn.append([policy.infer(_observation(step))["token_ids"] for step in range(2)])
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_looks_and_listens(policy):
+    """Neither the pictures nor the instruction are ignored."""
+    black, white = ({name: np.full_like(image, value) for name, image in _observation(0).items()} for value in (0, 255))
+    codes = [policy._look(observation)[0].codes for observation in (black, white)]
+    assert not np.array_equal(*codes), "the tiny tokenizer tells black from white"
+    states, write = [], policy._writer.write
+    policy._writer.write = lambda trunk, state, generator: states.append(state) or write(trunk, state, generator)
+    for instruction, observation in (("go left", black), ("go right", black), ("go left", white)):
+        policy.reset(instruction)
+        policy.infer(observation)
+    assert not torch.allclose(states[0], states[1]) and not torch.allclose(states[0], states[2])
+
+
+def test_refusals(tiny_checkpoint, policy):
+    with pytest.raises(ValueError, match="infer was called before reset"):
+        policy.infer(_observation(0))
+    for empty in ("", "  "):
+        with pytest.raises(ValueError, match="instruction is empty"):
+            policy.reset(empty)
+    with pytest.raises(ValueError, match="text ids, expected at most 256; shorten it"):
+        policy.reset("Ж" * 300)
+    policy.reset("go left")
+    with pytest.raises(ValueError, match="no 'rgb_gripper', only rgb_static; this policy requires it"):
+        policy.infer({"rgb_static": _observation(0)["rgb_static"]})
+    with pytest.raises(ValueError, match="expected uint8"):
+        policy.infer(_observation(0) | {"rgb_static": np.zeros((200, 200, 3), np.float32)})
+    for options, message in (
+        ({"history": 3}, "history is 3, expected 0 to 2"),
+        ({"dtype": "int8"}, "dtype is 'int8', expected one of float32, bfloat16"),
+        ({"threads": 0}, "threads is 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Emu3Policy(tiny_checkpoint, **options)
