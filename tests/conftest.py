@@ -23,7 +23,7 @@ def calvin_assets(reference) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_store(tmp_path_factory):
-    """A token store of 24 short episodes whose actions can be learned; see tiny_tokens."""
+    """A token store of 40 short episodes whose actions can be learned; see tiny_tokens."""
     import tiny_tokens
 
     return tiny_tokens.tiny_store(tmp_path_factory.mktemp("tokens"))

@@ -16,7 +16,7 @@ WORDINGS = {"left": ["go left", "move to the left"], "right": ["go right", "move
 LIGHT = LightConfig(codebook_size=32, channels=(8, 8), encoder_blocks=(0, 0), decoder_blocks=(0, 0))
 
 
-def tiny_store(folder: Path, shards: int = 4, episodes_per_shard: int = 6) -> TokenStore:
+def tiny_store(folder: Path, shards: int = 4, episodes_per_shard: int = 10) -> TokenStore:
     """Write the store and return it."""
     random = np.random.default_rng(0)
     torch.manual_seed(0)
@@ -53,9 +53,9 @@ def _episode(random: np.random.Generator) -> dict:
     sign = 1 if task == "right" else -1
     chunks = np.zeros((FRAMES, HORIZON, 7), np.float32)
     chunks[:, :, 0] = sign * (0.1 + 0.2 * speeds[:, None]) * np.linspace(0.5, 1, HORIZON)
-    chunks[:, :, 1] = 0.2 * random.choice([-1, 1], FRAMES)[:, None]
+    chunks[:, :, 1] = 0.2 * np.where(speeds % 2, 1, -1)[:, None]
     chunks[:, :, 6] = np.where(speeds > 1, 1, -1)[:, None]
-    return {"task": task, "speeds": speeds, "chunks": chunks, "noise": random.integers(0, 4, (FRAMES, 16, 16))}
+    return {"task": task, "speeds": speeds, "chunks": chunks, "noise": random.integers(0, 2, (FRAMES, 16, 16))}
 
 
 def _tokenized(episode: dict, shard: int, action: FastTokenizer, normalizer: ActionNormalizer) -> TokenizedEpisode:
