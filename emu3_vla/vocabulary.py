@@ -54,7 +54,8 @@ class CompactVocabulary:
         for grid in self.images:
             if grid.rows < 1 or grid.columns < 1 or grid.rows % self.block_size or grid.columns % self.block_size:
                 raise VocabularyError(
-                    f"vocabulary: image {grid.name!r} has {grid.rows}×{grid.columns} codes, expected multiples of block_size={self.block_size}"
+                    f"vocabulary: image {grid.name!r} has {grid.rows}×{grid.columns} codes, "
+                    f"expected multiples of block_size={self.block_size}"
                 )
 
     @property

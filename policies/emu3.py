@@ -81,7 +81,9 @@ class Emu3Policy:
             raise ValueError("the instruction is empty; say in a sentence what the arm shall do")
         ids = self.checkpoint.text_tokenizer.encode(instruction)
         if len(ids) > MAX_TEXT_IDS:
-            raise ValueError(f"the instruction has {len(ids)} text ids, expected at most {MAX_TEXT_IDS}; shorten it: {instruction[:60]!r}...")
+            raise ValueError(
+                f"the instruction has {len(ids)} text ids, expected at most {MAX_TEXT_IDS}; shorten it: {instruction[:60]!r}..."
+            )
         self._text, self._past = Text(ids), []
         self._trunk.truncate(0)
         self._generator.manual_seed(self._seed if seed is None else seed)

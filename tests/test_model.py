@@ -8,9 +8,7 @@ from emu3_vla.documents import ActionChunk, Image, Text, collate
 from emu3_vla.model import BlockEmu3ForCausalLM, block_losses, build_config, token_losses
 from emu3_vla.vocabulary import CompactVocabulary, ImageGrid
 
-V = CompactVocabulary(
-    text_size=10, action_size=20, codebook_size=7, images=(ImageGrid(name="a", rows=4, columns=4),), block_size=2
-)
+V = CompactVocabulary(text_size=10, action_size=20, codebook_size=7, images=(ImageGrid(name="a", rows=4, columns=4),), block_size=2)
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 

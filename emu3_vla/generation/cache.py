@@ -86,9 +86,7 @@ class CachedTrunk:
         self.length = end
         return _rms_norm(hidden, self._norm, self._eps)
 
-    def _attend(
-        self, number: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _attend(self, number: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Attention of n new positions over all: (n, h·d). Writes their keys and values into the cache."""
         start, end = self.length, self.length + len(qkv)
         heads = qkv.view(len(qkv), -1, self._head_size).transpose(0, 1)

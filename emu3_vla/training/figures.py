@@ -58,11 +58,7 @@ class Figures:
 
     def means(self) -> dict[str, float]:
         """Mean loss of each kind that occurred, and the share of action tokens whose likeliest id was right."""
-        means = {
-            f"loss_{kind}": (self.loss[index] / self.tokens[index]).item()
-            for index, kind in enumerate(KINDS)
-            if self.tokens[index]
-        }
+        means = {f"loss_{kind}": (self.loss[index] / self.tokens[index]).item() for index, kind in enumerate(KINDS) if self.tokens[index]}
         if self.tokens[0]:
             means["action_accuracy"] = (self.hits[0] / self.tokens[0]).item()
         return means

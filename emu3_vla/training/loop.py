@@ -232,9 +232,7 @@ def _new_model(config: TrainConfig, source: Source) -> BlockEmu3ForCausalLM:
 
 
 @torch.no_grad()
-def _validate(
-    model: BlockEmu3ForCausalLM, optimizer: FlatAdamW, batches: list[Batch], source: Source
-) -> dict[str, float]:
+def _validate(model: BlockEmu3ForCausalLM, optimizer: FlatAdamW, batches: list[Batch], source: Source) -> dict[str, float]:
     """Means over held-out documents, all their blocks included, with the averaged weights."""
     model.eval()
     sums = Figures.zero()

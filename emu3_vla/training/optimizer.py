@@ -104,9 +104,7 @@ class FlatAdamW:
 
     def averaged_state(self) -> dict[str, torch.Tensor]:
         """Averaged weights by name, float32, on the CPU."""
-        return {
-            name: view.clone().cpu() for name, view in zip(self.names, self._views(self.average), strict=True)
-        }
+        return {name: view.clone().cpu() for name, view in zip(self.names, self._views(self.average), strict=True)}
 
     def state(self) -> dict[str, torch.Tensor]:
         """All that a resumed run needs, as named tensors."""
@@ -134,11 +132,7 @@ class FlatAdamW:
 
 def _split(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """Parameters that decay (matrices of linear layers) and the others, by name."""
-    matrices = {
-        f"{prefix}.weight" if prefix else "weight"
-        for prefix, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    }
+    matrices = {f"{prefix}.weight" if prefix else "weight" for prefix, module in model.named_modules() if isinstance(module, nn.Linear)}
     named = dict(model.named_parameters())
     decayed = {name: parameter for name, parameter in named.items() if name in matrices}
     return decayed, {name: parameter for name, parameter in named.items() if name not in matrices}

@@ -64,9 +64,7 @@ class DocumentStream:
         self._batch_size, self._seed = batch_size, seed
         self._texts = _encoded_wordings(episodes, wordings, encode)
         self._anchors = [
-            _Anchor(number, frames)
-            for number, episode in enumerate(episodes)
-            for frames in _documents_of(episode, chunks, horizon)
+            _Anchor(number, frames) for number, episode in enumerate(episodes) for frames in _documents_of(episode, chunks, horizon)
         ]
         if not self._anchors:
             raise ValueError("the token store's episodes hold no frame at all, so there is nothing to train on")

@@ -39,10 +39,7 @@ def test_every_chunk_decodes(loaded, temperature):
 
 def test_the_same_seed_draws_the_same_ids(loaded):
     writer = _writer(loaded, temperature=2.0)
-    drawn = [
-        writer.write(CachedTrunk(loaded.model, 200), _state(loaded, 0), torch.Generator().manual_seed(seed)).ids
-        for seed in (1, 1, 2)
-    ]
+    drawn = [writer.write(CachedTrunk(loaded.model, 200), _state(loaded, 0), torch.Generator().manual_seed(seed)).ids for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 

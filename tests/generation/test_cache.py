@@ -7,9 +7,7 @@ from emu3_vla.generation.cache import CachedTrunk, CacheFull
 from emu3_vla.model import BlockEmu3ForCausalLM, build_config
 from emu3_vla.vocabulary import CompactVocabulary, ImageGrid
 
-V = CompactVocabulary(
-    text_size=10, action_size=20, codebook_size=7, images=(ImageGrid(name="a", rows=4, columns=4),), block_size=2
-)
+V = CompactVocabulary(text_size=10, action_size=20, codebook_size=7, images=(ImageGrid(name="a", rows=4, columns=4),), block_size=2)
 
 
 def _model(**changes) -> BlockEmu3ForCausalLM:

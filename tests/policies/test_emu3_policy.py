@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from emu3_vla.checkpoint import load
-from emu3_vla.documents import ActionChunk, Image, Text, collate, length_of
+from emu3_vla.documents import ActionChunk, Text, collate, length_of
 from envs.spec import check_action
 from policies.base import Policy
 from policies.emu3 import Emu3Policy

@@ -43,7 +43,8 @@ def _assert_same(one: Path, other: Path) -> None:
 def _train_in_child(tokens: Path, output: Path, options: dict) -> subprocess.Popen:
     here = Path(__file__).parents[1]
     path = os.pathsep.join([str(here.parent), str(here)])
-    code = f"import tiny_tokens, pathlib\nif __name__ == '__main__': tiny_tokens.train(pathlib.Path({str(tokens)!r}), pathlib.Path({str(output)!r}), **{options!r})"
+    call = f"tiny_tokens.train(pathlib.Path({str(tokens)!r}), pathlib.Path({str(output)!r}), **{options!r})"
+    code = f"import pathlib\nimport tiny_tokens\nif __name__ == '__main__':\n    {call}\n"
     script = output / "train_in_child.py"
     script.write_text(code)
     return subprocess.Popen([sys.executable, script], env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
@@ -109,9 +110,7 @@ def test_a_finished_run_is_left_alone(tiny_store, tmp_path, capsys):
 
 
 def test_init_from_starts_at_another_checkpoint(tiny_store, tiny_checkpoint, tmp_path):
-    tiny_tokens.train(
-        tiny_store.path, tmp_path, steps=1, init_from=str(tiny_checkpoint), optimizer=OptimizerConfig(learning_rate=1e-12)
-    )
+    tiny_tokens.train(tiny_store.path, tmp_path, steps=1, init_from=str(tiny_checkpoint), optimizer=OptimizerConfig(learning_rate=1e-12))
     before, after = load_file(tiny_checkpoint / "model" / "model.safetensors"), _weights(tmp_path)
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor)
