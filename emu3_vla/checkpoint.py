@@ -44,14 +44,20 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class PolicySettings:
-    """policy.yaml: how the model acts. history: past chunks shown when acting, at most those it was trained with."""
+    """policy.yaml: how the model acts.
+
+    history: past chunks shown when acting, at most those it was trained with. temperature: of the action ids; 0 takes the likeliest.
+    """
 
     history: int
     trained_history: int
     horizon: int  # control steps of one chunk
     action_dim: int
+    temperature: float = 0.0
 
     def __post_init__(self):
+        if not 0 <= self.temperature < float("inf"):
+            raise CheckpointError(f"temperature is {self.temperature}, expected at least 0")
         if not 0 <= self.history <= self.trained_history:
             raise CheckpointError(f"history is {self.history}, expected 0 to {self.trained_history}, which it was trained with")
         if self.horizon < 1 or self.action_dim < 1:

@@ -34,7 +34,8 @@ MAX_TEXT_IDS = 256
 class Emu3Policy:
     """A checkpoint folder as a policy; see policies.base.Policy.
 
-    history: past chunks shown; default: policy.yaml's. temperature: 0 takes the likeliest action id, above 0 draws, seeded by `reset`.
+    history: past chunks shown. temperature: 0 takes the likeliest action id, above 0 draws, seeded by `reset`. Both default to what
+    policy.yaml says.
     threads: of this process's tensor operations, which is process-wide; several simulators on one machine want 1 each.
     dtype: "float32" or "bfloat16", of the model's arithmetic.
     Raises what emu3_vla.load raises, and ValueError for an option that cannot be.
@@ -45,7 +46,7 @@ class Emu3Policy:
         folder: str | Path,
         *,
         history: int | None = None,
-        temperature: float = 0.0,
+        temperature: float | None = None,
         device: str = "cpu",
         dtype: str = "float32",
         threads: int = 1,
@@ -65,6 +66,7 @@ class Emu3Policy:
         self.requires = frozenset(grid.name for grid in vocabulary.images)
         self._shape = {"horizon": settings.horizon, "action_dim": settings.action_dim}
         grammar = self.checkpoint.action_tokenizer.grammar(**self._shape)
+        temperature = settings.temperature if temperature is None else temperature
         self._writer = ActionWriter(self.checkpoint.model, vocabulary, grammar, temperature)
         # Every action id stands for at least one coefficient or half a two-byte one, so this many positions always suffice.
         images = sum(1 + vocabulary.blocks(grid.name) for grid in vocabulary.images)

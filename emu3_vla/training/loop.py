@@ -86,6 +86,7 @@ class TrainConfig:
     batch_size: int = 64  # documents a step, over all processes
     chunks: int = 3  # most chunks of a document, so up to chunks - 1 past ones
     history: int = -1  # past chunks that the policy shows when acting; -1: chunks - 1
+    temperature: float = 0.0  # of the policy's action ids when acting; 0: the likeliest
     processes: int = 1  # one thread each
     precision: str = "bf16"  # of weights in use, activations and gradients; masters, moments and average are float32 always
     compile: bool = False  # needs a C++ compiler; about 15 s once, then faster steps
@@ -253,7 +254,11 @@ def _export(
 ) -> None:
     history = config.chunks - 1 if config.history < 0 else config.history
     policy = checkpoint.PolicySettings(
-        history=history, trained_history=config.chunks - 1, horizon=source.horizon, action_dim=source.action_dim
+        history=history,
+        trained_history=config.chunks - 1,
+        horizon=source.horizon,
+        action_dim=source.action_dim,
+        temperature=config.temperature,
     )
     settings = dataclasses.asdict(config)
     settings.pop("output_dir")
