@@ -94,8 +94,11 @@ def test_parts_that_are_not_there(folder, tmp_path):
 def test_policy_settings_are_checked(folder):
     path = folder / "policy.yaml"
     values = yaml.safe_load(path.read_text())
-    path.write_text(yaml.safe_dump(values | {"history": 1}))
-    assert load(folder).policy.history == 1
+    path.write_text(yaml.safe_dump(values | {"history": 1, "temperature": 0.5}))
+    assert (load(folder).policy.history, load(folder).policy.temperature) == (1, 0.5)
+    path.write_text(yaml.safe_dump(values | {"temperature": -1}))
+    with pytest.raises(CheckpointError, match="temperature is -1"):
+        load(folder)
     path.write_text(yaml.safe_dump(values | {"history": 5}))
     with pytest.raises(CheckpointError, match="policy.yaml cannot be used.*history is 5, expected 0 to 2"):
         load(folder)
