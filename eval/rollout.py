@@ -8,6 +8,9 @@ Leaves recording.rrd (open it with `rerun recording.rrd`), rollout.mp4, results.
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -157,8 +160,10 @@ def film(
 
 def say_where(folder: Path) -> None:
     """Print the four files and how to open them."""
+    # Without the environment activated (as under make) the viewer is not on the path, but beside the interpreter.
+    viewer = "rerun" if shutil.which("rerun") else os.path.relpath(Path(sys.executable).with_name("rerun"))
     for name, how in (
-        (RECORDING_FILE, "rerun {path}"),
+        (RECORDING_FILE, f"{viewer} {{path}}"),
         (VIDEO_FILE, "any video player"),
         (RESULTS_FILE, "the numbers"),
         (REPORT_FILE, "any browser, offline"),
