@@ -61,19 +61,19 @@ class Merger:
             token = self._fitting(before, token)
             stop = position + self._length.take(token)
             token_at[position] = token
-            going = np.flatnonzero(stop < end)
+            going = (stop < end).nonzero()[0]
             if len(going) < len(stop):
                 position, end, token, before, stop = (array.take(going) for array in (position, end, token, before, stop))
             refused = blocked.take(stop)
             refused |= token < 0
-            refused = np.flatnonzero(refused)
+            refused = refused.nonzero()[0]
             kept = position[refused], token[refused], before[refused]
             # Words that took a token go on behind it, with the longest token there.
             token_before[stop] = token
             position, before, token = stop, token, longest.take(stop)
             if len(refused):
                 position[refused], token[refused], before[refused] = self._retreat(*kept, blocked, token_at, token_before)
-        starts_token = np.flatnonzero(token_at >= 0)
+        starts_token = (token_at >= 0).nonzero()[0]
         return token_at[starts_token], starts_token
 
     def _retreat(self, position, token, before, blocked, token_at, token_before):
@@ -82,7 +82,7 @@ class Merger:
         int64 (K,): the words' positions, tokens refused there (-1: all), and tokens before. Returns the three to go on with.
         """
         token = np.where(token >= 0, self._shorter[token], -1)
-        stuck = np.flatnonzero(token < 0)
+        stuck = (token < 0).nonzero()[0]
         if len(stuck):
             left = position[stuck]
             blocked[left] = True
@@ -179,8 +179,9 @@ class _Trie:
         while len(position):
             onward = onward[1:]
             following = self._next.take(node + onward.take(position))
-            alive, ended = following.nonzero()[0], np.flatnonzero(following == 0)
-            last[position.take(ended)] = node.take(ended)
+            # Written for all: who goes on is overwritten by its next node.
+            last[position] = node
+            alive = following.nonzero()[0]
             position, node = position.take(alive), following.take(alive)
         return self._longest.take(last // self._width)
 
