@@ -107,11 +107,12 @@ def _collect_shard(job: tuple[CollectConfig, int]) -> tuple[int, int]:
     rng = np.random.default_rng([config.seed, index])
     env = CalvinEnv(config.scene, assets=config.assets, observe="on_demand", version=config.version)
     expert = ExpertPolicy(config.scene)
-    episodes, failed = [], 0
-    for _ in range(config.chains_per_shard):
+    episodes, failed, played = [], 0, 0
+    while played < config.chains_per_shard or not episodes:  # a shard holds at least one episode, however rare its tasks are
         kept, finished = _play_chain(env, expert, rng, config)
         episodes += kept
         failed += not finished
+        played += 1
     env.close()
     EpisodeStore.open(Path(config.output_dir)).write_shard(index, episodes)
     return len(episodes), failed

@@ -230,24 +230,19 @@ class Simulation:
             self._finger_motor(joint, goal, force)
 
     def _arm_motor(self, joint: int, target_rad: float) -> None:
-        pb.setJointMotorControl2(
-            bodyIndex=self.robot,
-            jointIndex=joint,
-            controlMode=pb.POSITION_CONTROL,
-            force=ARM_FORCE_N,
-            targetPosition=target_rad,
-            maxVelocity=ARM_VELOCITY,
-            physicsClientId=self.client,
-        )
+        self._drive(joint, target_rad, ARM_FORCE_N, ARM_VELOCITY)
 
     def _finger_motor(self, joint: int, target_m: float, force: float) -> None:
+        self._drive(joint, target_m, force, GRIPPER_VELOCITY)
+
+    def _drive(self, joint: int, target: float, force: float, velocity: float) -> None:
         pb.setJointMotorControl2(
             bodyIndex=self.robot,
             jointIndex=joint,
             controlMode=pb.POSITION_CONTROL,
             force=force,
-            targetPosition=target_m,
-            maxVelocity=GRIPPER_VELOCITY,
+            targetPosition=target,
+            maxVelocity=velocity,
             physicsClientId=self.client,
         )
 
