@@ -30,10 +30,12 @@ def run(worker: Callable[..., None], processes: int, *arguments: Any) -> None:
 
 
 def rank() -> int:
+    """This process's number, from 0; 0 where there is one process alone."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def count() -> int:
+    """How many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 

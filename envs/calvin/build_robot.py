@@ -50,12 +50,14 @@ ARM = [
 
 
 def finger_meshes() -> dict[str, str]:
+    """OBJ texts of a finger and its pad: what is seen, and the convex hulls that touch."""
     seen = [point for point in PAD if point[0] != 0.0195]  # fewer corners than touch
     hulls = {"finger_hull.obj": hulls_obj([FINGER]), "pad_hull.obj": hulls_obj([PAD])}
     return {"finger.obj": convex_mesh(FINGER).obj(), "pad.obj": convex_mesh(seen).obj()} | hulls
 
 
 def panda() -> str:
+    """The arm's URDF, with placeholders where meshes lie; see robot_urdf."""
     borrowed = f"{PYBULLET_DATA}/franka_panda/meshes/collision"
     parts = [link("panda_link0", inertial(2.9, (0, 0, 0.05), EVEN), *_both(f"{borrowed}/link0.obj", ARM_RGBA))]
     for number, (mass, centre, xyz, roll, limit) in enumerate(ARM, start=1):
