@@ -15,7 +15,8 @@ import numpy as np
 _NEVER = np.iinfo(np.int32).max
 _BASE = -1
 """Rank of a token that no merge makes: a single byte."""
-_UNSEEN = -2
+_PARTED = -2
+"""Marks a token that may not stand behind another, until a shorter one is found for it."""
 
 
 class UnsuitableMerges(ValueError):
@@ -37,12 +38,7 @@ class Merger:
         self._length[list(live)] = [len(text) for text in live.values()]
         self._shorter = _shorter(live, vocab_size)
         self._trie = _Trie(live)
-        keys = np.array([left * vocab_size + right for left, right, _ in merges], np.int64)
-        order = np.argsort(keys, kind="stable")
-        self._pair_keys, self._pair_ranks = np.append(keys[order], np.iinfo(np.int64).max), np.append(order, _NEVER)
-        # By pair: the longest of the second token and its shorter ones that may stand behind the first. Behind nothing (V) all may.
-        self._fits = np.full((vocab_size + 1) * vocab_size, _UNSEEN, np.int16)
-        self._fits[vocab_size * vocab_size :] = np.arange(vocab_size)
+        self._fits = self._build_fits(live, merges)
 
     def encode(self, text: bytes, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The ids of all words of `text`, one after another, and the positions in `text` at which their bytes start; both int (K,).
@@ -94,49 +90,53 @@ class Merger:
 
     def _fitting(self, before: np.ndarray, token: np.ndarray) -> np.ndarray:
         """The longest of `token` and its shorter ones that may follow `before` (V: nothing), or -1. All int64 (K,)."""
-        pairs = before * self._vocab_size
-        pairs += token
-        fitting = self._fits.take(pairs)
-        if fitting.min() == _UNSEEN:
-            self._learn(np.unique(pairs[fitting == _UNSEEN]))
-            fitting = self._fits.take(pairs)
-        return fitting.astype(np.int64)
+        pairs = token * (self._vocab_size + 1)
+        pairs += before
+        return self._fits.take(pairs).astype(np.int64)
 
-    def _learn(self, pairs: np.ndarray) -> None:
-        """Fill in `_fits` for distinct pairs: the token itself where it stays, else what fits among the shorter ones."""
-        waiting = []
-        while len(pairs):
-            before, token = np.divmod(pairs, self._vocab_size)
-            stays = self._stays(before, token)
-            self._fits[pairs[stays]] = token[stays]
-            pairs, before, shorter = pairs[~stays], before[~stays], self._shorter[token[~stays]]
-            self._fits[pairs[shorter < 0]] = -1
-            pairs, before, shorter = (array[shorter >= 0] for array in (pairs, before, shorter))
-            waiting.append((pairs, before * self._vocab_size + shorter))
-            pairs = np.unique(waiting[-1][1])
-            pairs = pairs[self._fits[pairs] == _UNSEEN]
-        for pairs, onto in reversed(waiting):
-            self._fits[pairs] = self._fits[onto]
+    def _build_fits(self, live: dict[int, bytes], merges: list[tuple[int, int, int]]) -> np.ndarray:
+        """What `_fitting` looks up, by token * (V + 1) + before: int16. Behind nothing (V) all tokens may stand.
 
-    def _stays(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        """Whether two tokens, encoded together, stay as they are: undo their merges, last first, and see whether one across the
-        border would have come before. int64 (K,) each to bool (K,)."""
-        stays, index = np.ones(len(first), bool), np.arange(len(first))
-        limit = np.full(len(first), _NEVER, np.int64)
-        while len(index):
-            pairs = first * self._vocab_size + second
-            found = np.searchsorted(self._pair_keys, pairs)
-            across = np.where(self._pair_keys[found] == pairs, self._pair_ranks[found], _NEVER)
-            stays[index[across < limit]] = False
-            rank_first, rank_second = self._rank[first], self._rank[second]
-            undo_first = rank_first > rank_second
-            # Of two equal merges the left one is made first, so a border merge of equal rank beats one inside the second token.
-            limit = np.where(undo_first, rank_first, rank_second + 1)
-            open_ = stays[index] & ((rank_first != _BASE) | (rank_second != _BASE))
-            first = np.where(undo_first, self._right[first], first)[open_]
-            second = np.where(undo_first, second, self._left[second])[open_]
-            index, limit = index[open_], limit[open_]
-        return stays
+        Two tokens stay apart unless a merge takes the end of the first and the beginning of the second while both are there: after they
+        were made, and before they went into something larger. A merge therefore parts all pairs of an owner of such an end and an owner of
+        such a beginning.
+        """
+        tokens = np.array(sorted(live), np.int64)
+        ends, beginnings = _Spines(tokens, self._rank, self._right), _Spines(tokens, self._rank, self._left)
+        fits = np.repeat(np.arange(self._vocab_size, dtype=np.int16)[:, None], self._vocab_size + 1, axis=1)
+        for rank, (left, right, _) in enumerate(merges):
+            # Of two equal merges the left one is made first, so this one still comes before an equal one inside the second token.
+            firsts, seconds = ends.owners(left, rank + 1), beginnings.owners(right, rank)
+            fits[seconds[:, None], firsts] = _PARTED
+        for token in sorted(live, key=lambda index: len(live[index])):  # shorter tokens are settled before longer ones
+            parted, shorter = fits[token] == _PARTED, self._shorter[token]
+            fits[token, parted] = fits[shorter, parted] if shorter >= 0 else -1
+        return fits.ravel()
+
+
+class _Spines:
+    """The parts that stand at one edge of each token while its merges are made.
+
+    tokens: int64 (K,). inner: the part of a token's last merge that lies at that edge, by token.
+    """
+
+    def __init__(self, tokens: np.ndarray, rank: np.ndarray, inner: np.ndarray):
+        owner, part, until = tokens, tokens, np.full(len(tokens), _NEVER, np.int64)
+        rows = []
+        while len(owner):
+            rows.append((owner, part, until))
+            made = rank[part] != _BASE
+            owner, whole = owner[made], part[made]
+            part, until = inner[whole], rank[whole]
+        owner, part, until = (np.concatenate(column) for column in zip(*rows, strict=True))
+        order = np.lexsort((until, part))
+        self._owner, self._until = owner[order], until[order]
+        self._starts = np.searchsorted(part[order], np.arange(len(rank) + 1))
+
+    def owners(self, part: int, rank: int) -> np.ndarray:
+        """The tokens at whose edge `part` stands until a merge of this rank or a later one: int64 (K,)."""
+        start, end = self._starts[part], self._starts[part + 1]
+        return self._owner[start + np.searchsorted(self._until[start:end], rank) : end]
 
 
 class _Trie:
@@ -196,9 +196,7 @@ def _shorter(tokens: dict[int, bytes], vocab_size: int) -> np.ndarray:
     return shorter
 
 
-def _histories(
-    tokens: dict[int, bytes], merges: list[tuple[int, int, int]], vocab_size: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _histories(tokens: dict[int, bytes], merges: list[tuple[int, int, int]], vocab_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rank, left and right part of the merge that makes each token: int64 (V,) each.
 
     Rank _BASE: a single byte. _NEVER: encoding never gives this token. Raises UnsuitableMerges where a merge uses a token that only a
@@ -222,7 +220,7 @@ def _histories(
 
 
 def _meet(first: int, second: int, limit: int, rank_of: dict[tuple[int, int], int], histories) -> bool:
-    """Whether two tokens come to stand side by side before merge `limit`: `Merger._stays` for one pair, from a given limit on."""
+    """Whether two tokens come to stand side by side before merge `limit`: undo the merges of both, last first."""
     rank, left, right = histories
     while rank_of.get((first, second), _NEVER) >= limit:
         if rank[first] == rank[second] == _BASE:
