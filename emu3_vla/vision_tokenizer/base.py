@@ -21,8 +21,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from emu3_vla.vision_tokenizer.images import to_pixels
+from emu3_vla.vision_tokenizer.padding import Padding, pad_to_multiple
 
-KINDS = {"light": ("emu3_vla.vision_tokenizer.light", "LightTokenizer")}
+KINDS = {
+    "light": ("emu3_vla.vision_tokenizer.light", "LightTokenizer"),
+    "emu3": ("emu3_vla.vision_tokenizer.emu3", "Emu3Tokenizer"),
+}
+# Folders of others name their kind in Transformers' way.
+MODEL_TYPES = {"Emu3VisionVQ": "emu3", "emu3_vqgan": "emu3"}
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 # Resizing and arithmetic may leave the range by rounding; more than this is another scaling, such as [0, 255].
@@ -36,13 +42,14 @@ class VisionTokenizerError(ValueError):
 class VisionTokenizer(nn.Module):
     """Base of the kinds. A kind fills in `from_config`, `config_dict`, `_encode_frames` and `_decode_frames`.
 
-    kind: its name in config.json. codebook_size: number of codes. patch: pixels per code along a side.
+    kind: its name in config.json. codebook_size: number of codes. patch: pixels per code along a side. frames_per_code: in video.
     image_sizes: camera name → side in pixels at which that camera's images are read.
     """
 
     kind: str
     codebook_size: int
     patch: int
+    frames_per_code: int = 1
     image_sizes: dict[str, int]
 
     # -- the contract
@@ -51,7 +58,7 @@ class VisionTokenizer(nn.Module):
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Codes of images or video.
 
-        pixels: float (B, 3, H, W) or (B, T, 3, H, W) in [-1, 1], H and W multiples of `patch`.
+        pixels: float (B, 3, H, W) or (B, T, 3, H, W) in [-1, 1], H and W multiples of `patch`, T of `frames_per_code`; see `pad`.
         Returns int64 (B, h, w) or (B, t, h, w) in [0, codebook_size). Raises VisionTokenizerError.
         """
         self._check_pixels(pixels)
@@ -66,6 +73,15 @@ class VisionTokenizer(nn.Module):
         if codes.ndim == 4:
             return self._decode_video(codes)
         return self._decode_frames(codes)
+
+    def pad(self, pixels: torch.Tensor) -> tuple[torch.Tensor, Padding]:
+        """Images or video of any size and length, padded to what `encode` takes, and how to undo it on what `decode` gives."""
+        return pad_to_multiple(pixels, self.patch, self.frames_per_code)
+
+    def reconstruct(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Through the codes and back, at the size and length of the original: float32 as `pixels`."""
+        padded, padding = self.pad(pixels)
+        return padding.undo(self.decode(self.encode(padded)))
 
     def encode_camera(self, camera: str, images: np.ndarray) -> torch.Tensor:
         """Codes of camera images: uint8 (B, H, W, 3) -> int64 (B, h, w), at the size that this camera was trained at."""
@@ -95,7 +111,7 @@ class VisionTokenizer(nn.Module):
         """The tokenizer in `folder`, in evaluation mode, on the CPU. Raises FileNotFoundError or VisionTokenizerError."""
         folder = Path(folder)
         config = _read_config(folder)
-        kind = config.pop("kind", None)
+        kind = config.pop("kind", None) or MODEL_TYPES.get(config.get("model_type"))
         if kind not in KINDS:
             close = difflib.get_close_matches(str(kind), KINDS, n=1)
             raise VisionTokenizerError(
@@ -111,7 +127,7 @@ class VisionTokenizer(nn.Module):
         """Write config.json and model.safetensors into `folder` (made if absent)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.weights().items()}
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         (folder / CONFIG_FILE).write_text(json.dumps({"kind": self.kind} | self.config_dict(), indent=1) + "\n")
 
@@ -124,6 +140,18 @@ class VisionTokenizer(nn.Module):
 
     def config_dict(self) -> dict[str, Any]:
         raise NotImplementedError
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What model.safetensors holds."""
+        return self.state_dict()
+
+    def adapt_weights(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Weights read from a file under the names that `weights` gives; for kinds that others publish too."""
+        return state
+
+    def load_weights(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over weights that have been checked against `weights`."""
+        self.load_state_dict(state)
 
     def _encode_frames(self, pixels: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
@@ -148,7 +176,9 @@ class VisionTokenizer(nn.Module):
             raise VisionTokenizerError(f"{got}, expected images (B, 3, H, W) or video (B, T, 3, H, W)")
         height, width = pixels.shape[-2:]
         if height % self.patch or width % self.patch or not pixels.numel():
-            raise VisionTokenizerError(f"{got}, expected at least one image, H and W multiples of {self.patch}; resize it first")
+            raise VisionTokenizerError(f"{got}, expected at least one image, H and W multiples of {self.patch}; resize it or use pad()")
+        if pixels.ndim == 5 and pixels.shape[1] % self.frames_per_code:
+            raise VisionTokenizerError(f"{got}, expected a multiple of {self.frames_per_code} frames; use pad()")
         low, high = pixels.min().item(), pixels.max().item()
         if not (low >= -1 - RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):  # NaN fails every comparison
             raise VisionTokenizerError(f"pixels lie in [{low:.3g}, {high:.3g}], expected [-1, 1] and no NaN; see images.to_pixels")
@@ -175,14 +205,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _load_weights(tokenizer: nn.Module, path: Path) -> None:
+def _load_weights(tokenizer: VisionTokenizer, path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} holds no weights of a vision tokenizer: {path.name} is missing")
     try:
-        state = load_file(path)
+        state = tokenizer.adapt_weights(load_file(path))
     except SafetensorError as error:
         raise VisionTokenizerError(f"{path} is damaged or cut short: {error}") from error
-    expected = {name: tuple(tensor.shape) for name, tensor in tokenizer.state_dict().items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in tokenizer.weights().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if expected != found:
         wrong = sorted(set(expected.items()) ^ set(found.items()))[0][0]
@@ -192,4 +222,4 @@ def _load_weights(tokenizer: nn.Module, path: Path) -> None:
     broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise VisionTokenizerError(f"{path}: {broken[0]} holds NaN or infinity; the file is damaged or its training had diverged")
-    tokenizer.load_state_dict(state)
+    tokenizer.load_weights(state)
