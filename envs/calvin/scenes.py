@@ -7,10 +7,13 @@ description serves both asset sets: ours and calvin_env's `data/` folder hold th
 from __future__ import annotations
 
 import difflib
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 OWN_ASSETS = Path(__file__).parent / "assets"
+FETCHED_ASSETS = "calvin_env"
+"""Short for the folder where `emu3-vla doctor --fetch-assets` puts calvin_env's assets; ./calvin_env is a folder of that name."""
 
 GLOBAL_SCALING = 0.8
 ROBOT_URDF = "franka_panda/panda_longer_finger.urdf"
@@ -128,9 +131,23 @@ def scene_named(name: str) -> Scene:
     return SCENES[name]
 
 
+def fetched_assets() -> Path:
+    """Where calvin_env's assets are fetched to unless told otherwise: below $EMU3_VLA_CACHE, or the user's cache folder."""
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("EMU3_VLA_CACHE") or Path(caches) / "emu3-vla") / FETCHED_ASSETS
+
+
 def asset_folder(scene: Scene, assets: str | Path | None) -> Path:
-    """The folder to load `scene` from: `assets`, or our own where it is None. Raises FileNotFoundError naming what is missing."""
-    folder = OWN_ASSETS if assets is None else Path(assets)
+    """The folder to load `scene` from: `assets`, or our own where it is None, or the fetched one where it is "calvin_env".
+
+    Raises FileNotFoundError naming what is missing.
+    """
+    if assets == FETCHED_ASSETS:
+        folder = fetched_assets()
+        if not folder.is_dir():
+            raise FileNotFoundError(f"calvin_env's assets are not in {folder} yet; 'emu3-vla doctor --fetch-assets' downloads them")
+    else:
+        folder = OWN_ASSETS if assets is None else Path(assets)
     if not folder.is_dir():
         raise FileNotFoundError(f"asset folder {folder} does not exist; give calvin_env's data/ folder, or leave assets out for our own")
     missing = [name for name in scene.files if not (folder / name).is_file()]
