@@ -109,15 +109,7 @@ TABLES = {
 
 def table_files(name: str, table: Table) -> dict[str, str | bytes]:
     """Every file of one table's folder: path in it → content."""
-    inside = tuple(tuple(value * 7 // 10 for value in shade) for shade in table.wood)
-    groove = tuple(value // 3 for value in table.wood[0])
-    ramps = {
-        "wood": table.wood,
-        "inside": inside,
-        "door": table.door,
-        "metal": (METAL, METAL),
-        "groove": (groove, groove),
-    }
+    ramps = wood_ramps(table.wood, table.door)
     meshes = {"base": _base_mesh(table), "drawer": _drawer_mesh(), "slide": _slide_mesh(), "plank": _plank_mesh()}
     plain = {"button": _button_mesh(), "switch": _switch_mesh(), "led": _led_mesh(), "light": _light_mesh(table)}
     return (
@@ -130,6 +122,13 @@ def table_files(name: str, table: Table) -> dict[str, str | bytes]:
             f"urdf/calvin_table_{name}.urdf": _table_urdf(table),
         }
     )
+
+
+def wood_ramps(wood: tuple[Rgb, Rgb], door: tuple[Rgb, Rgb]) -> dict[str, tuple[Rgb, Rgb]]:
+    """(darkest, lightest) shade of each swatch of a table's atlas, from those of its wood and its doors."""
+    inside = tuple(tuple(value * 7 // 10 for value in shade) for shade in wood)
+    groove = tuple(value // 3 for value in wood[0])
+    return {"wood": wood, "inside": inside, "door": door, "metal": (METAL, METAL), "groove": (groove, groove)}
 
 
 def _table_urdf(table: Table) -> str:

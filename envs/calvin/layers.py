@@ -12,6 +12,7 @@ from collections.abc import Hashable
 import numpy as np
 import pybullet as pb
 
+from envs.calvin.randomization import Light
 from envs.calvin.scenes import StaticCamera
 
 NEAR_M = 1.5
@@ -30,13 +31,20 @@ class LayeredCamera:
     `render`. movers: everything else, drawn each time. A camera is for one loading of the scene.
     """
 
-    def __init__(self, client: int, camera: StaticCamera, fixed: list[Part], fixtures: list[Part], movers: list[Part]):
-        self.client, self.camera = client, camera
+    def __init__(
+        self,
+        client: int,
+        camera: StaticCamera,
+        fixed: list[Part],
+        fixtures: list[Part],
+        movers: list[Part],
+        light: Light | None = None,
+        backdrop: tuple[int, int, int] = BACKDROP_RGB,
+    ):
+        self.client, self.camera, self.light, self.backdrop = client, camera, light or Light(), backdrop
         self.fixed, self.fixtures, self.movers = fixed, fixtures, movers
         self.view = pb.computeViewMatrix(camera.look_from, camera.look_at, camera.up)
-        self.projection = pb.computeProjectionMatrixFOV(
-            camera.fov_deg, camera.width / camera.height, NEAR_M, camera.far_m
-        )
+        self.projection = pb.computeProjectionMatrixFOV(camera.fov_deg, camera.width / camera.height, NEAR_M, camera.far_m)
         self.background: Layer | None = None
         self.still: Layer | None = None
         self.still_key: Hashable = None
@@ -48,7 +56,7 @@ class LayeredCamera:
         key: equal for two calls exactly if the fixtures stand and look the same (positions, lights).
         """
         if self.background is None:
-            self.background = with_backdrop(self._draw(hidden=self.fixtures + self.movers))
+            self.background = with_backdrop(self._draw(hidden=self.fixtures + self.movers), self.backdrop)
         if self.still_key != key and self.last_key == key:  # came to rest: worth a layer of its own
             self.still, self.still_key = _over(self._draw(hidden=self.fixed + self.movers), self.background), key
         self.last_key = key
@@ -65,22 +73,30 @@ class LayeredCamera:
         for part in hidden:
             pb.changeVisualShape(*part, rgbaColor=(*rgba[part][:3], 0), physicsClientId=self.client)
         try:
-            return draw(self.client, self.camera.width, self.camera.height, self.view, self.projection)
+            return draw(self.client, self.camera.width, self.camera.height, self.view, self.projection, self.light)
         finally:
             for part in hidden:
                 pb.changeVisualShape(*part, rgbaColor=rgba[part], physicsClientId=self.client)
 
 
-def draw(client: int, width: int, height: int, view, projection) -> Layer:
-    """uint8 RGB (H, W, 3) and PyBullet's raw depth float32 (H, W) in [0, 1], without shadows and segmentation."""
+def draw(client: int, width: int, height: int, view, projection, light: Light, renderer: int = pb.ER_TINY_RENDERER) -> Layer:
+    """uint8 RGB (H, W, 3) and PyBullet's raw depth float32 (H, W) in [0, 1], without shadows and segmentation.
+
+    Every parameter of the light is sent each time: PyBullet keeps the last ones.
+    """
     _, _, rgba, depth, _ = pb.getCameraImage(
         width,
         height,
         view,
         projection,
+        lightDirection=light.direction,
+        lightColor=light.color,
         shadow=0,
+        lightAmbientCoeff=light.ambient,
+        lightDiffuseCoeff=light.diffuse,
+        lightSpecularCoeff=light.specular,
         flags=pb.ER_NO_SEGMENTATION_MASK,
-        renderer=pb.ER_TINY_RENDERER,
+        renderer=renderer,
         physicsClientId=client,
     )
     return np.reshape(rgba, (height, width, 4))[..., :3], np.reshape(depth, (height, width))
@@ -91,11 +107,11 @@ def depth_in_m(depth: np.ndarray, near_m: float, far_m: float) -> np.ndarray:
     return far_m * near_m / (far_m - (far_m - near_m) * depth.astype(np.float64))
 
 
-def with_backdrop(layer: Layer) -> Layer:
+def with_backdrop(layer: Layer, backdrop: tuple[int, int, int] = BACKDROP_RGB) -> Layer:
     """The layer with the backdrop's colour where nothing is."""
     rgb, depth = layer
     rgb = rgb.copy()
-    rgb[depth >= 1] = BACKDROP_RGB
+    rgb[depth >= 1] = backdrop
     return rgb, depth
 
 

@@ -15,14 +15,15 @@ import numpy as np
 import pybullet as pb
 
 from envs.calvin import scenes
-from envs.calvin.layers import LayeredCamera, depth_in_m, draw, with_backdrop
+from envs.calvin.cameras import Cameras
+from envs.calvin.randomization import Look
 from envs.calvin.robot_urdf import robot_urdf
-from envs.calvin.scenes import Camera, Scene
+from envs.calvin.scenes import Scene
 from envs.spec import MAX_RELATIVE_POSITION_M, MAX_RELATIVE_ROTATION_RAD, PHYSICS_HZ
 
 ARM_JOINTS = range(7)
 FINGER_JOINTS = (9, 11)
-TCP_LINK, GRIPPER_CAMERA_LINK = 15, 14
+TCP_LINK = 15
 FINGER_OPEN_M = 0.04
 ARM_FORCE_N, ARM_VELOCITY = 200.0, 2
 GRIPPER_CLOSE_FORCE_N, GRIPPER_OPEN_FORCE_N, GRIPPER_VELOCITY = 200, 2.0, 1
@@ -39,11 +40,13 @@ class Simulation:
     """One PyBullet world holding one scene.
 
     After construction and after `fresh()` it is in the state of a newly started process, whatever was simulated before.
+    renderer: one of `cameras.RENDERERS`.
     """
 
-    def __init__(self, scene: Scene, folder: Path, version: str):
+    def __init__(self, scene: Scene, folder: Path, version: str, renderer: str = "tiny"):
         self.scene, self.folder, self.version = scene, folder, version
         self.own_assets = folder == scenes.OWN_ASSETS
+        self.cameras = Cameras(self, renderer)
         self.client = pb.connect(pb.DIRECT)
         if self.client < 0:
             raise RuntimeError("PyBullet gave no physics client; too many simulators in one process?")
@@ -76,8 +79,7 @@ class Simulation:
         self.body_names = {self.robot: "robot", self.pedestal: "pedestal", self.table: "table", self.plane: "plane"} | {
             uid: name for name, uid in self.blocks.items()
         }
-        if self.own_assets:
-            self.layered_camera = self._layered_camera()
+        self.cameras.loaded()
         self.gripper_command = 1
         self.button_on = self.button_was_pressed = self.switch_on = False
         self.lights = dict.fromkeys(scenes.LIGHT_LINKS, 0)
@@ -334,44 +336,24 @@ class Simulation:
             "uid": uid,
         }
 
-    # -- cameras
+    # -- images
+
+    @property
+    def renderer(self) -> str:
+        """What draws the images, vendor included."""
+        return self.cameras.renderer
+
+    def set_look(self, look: Look) -> None:
+        """See the scene so until the next `fresh()`. States do not change. Raises ValueError for anything but a `Look`."""
+        self.cameras.set_look(look)
 
     def render_static(self) -> tuple[np.ndarray, np.ndarray]:
         """uint8 (200, 200, 3) and depth float64 (200, 200) [m] from the static camera."""
-        if self.own_assets:
-            return self.layered_camera.render(self._fixture_key())
-        camera = scenes.STATIC_CAMERA
-        return self._render(camera, pb.computeViewMatrix(camera.look_from, camera.look_at, camera.up))
+        return self.cameras.static()
 
     def render_gripper(self) -> tuple[np.ndarray, np.ndarray]:
         """uint8 (84, 84, 3) and depth float64 (84, 84) [m] from the wrist camera."""
-        position, orientation = pb.getLinkState(self.robot, GRIPPER_CAMERA_LINK, physicsClientId=self.client)[:2]
-        rotation = np.array(pb.getMatrixFromQuaternion(orientation)).reshape(3, 3)
-        view = pb.computeViewMatrix(position, position + rotation[:, 1], -rotation[:, 2])
-        return self._render(scenes.GRIPPER_CAMERA, view)
-
-    def _render(self, camera: Camera, view: list[float]) -> tuple[np.ndarray, np.ndarray]:
-        projection = pb.computeProjectionMatrixFOV(camera.fov_deg, camera.width / camera.height, camera.near_m, camera.far_m)
-        if self.own_assets:
-            rgb, depth = with_backdrop(draw(self.client, camera.width, camera.height, view, projection))
-        else:
-            _, _, rgba, depth, _ = pb.getCameraImage(
-                camera.width, camera.height, view, projection, physicsClientId=self.client, renderer=pb.ER_TINY_RENDERER
-            )
-            rgb = np.ascontiguousarray(np.reshape(rgba, (camera.height, camera.width, 4))[:, :, :3])
-        return rgb, depth_in_m(np.reshape(depth, (camera.height, camera.width)), camera.near_m, camera.far_m)
-
-    def _layered_camera(self) -> LayeredCamera:
-        """The static camera of our own scenes: what moves and what does not, as (body, link)."""
-        table = {name: (self.table, link) for name, link in self.table_links.items()}
-        fixed = [table.pop("base_link"), table.pop("plank_link"), (self.pedestal, -1), (self.robot, -1)]
-        shapes = pb.getVisualShapeData(self.robot, physicsClientId=self.client)
-        movers = [(self.robot, shape[1]) for shape in shapes if shape[1] >= 0] + [(uid, -1) for uid in self.blocks.values()]
-        return LayeredCamera(self.client, scenes.STATIC_CAMERA, fixed, list(table.values()), list(dict.fromkeys(movers)))
-
-    def _fixture_key(self) -> tuple:
-        joints = (scenes.SLIDE, scenes.DRAWER, scenes.BUTTON, scenes.SWITCH)
-        return (*map(self.fixture, joints), *self.lights.values())
+        return self.cameras.gripper()
 
     # -- bodies, for drawing elsewhere
 

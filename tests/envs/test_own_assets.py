@@ -11,6 +11,7 @@ from PIL import Image
 
 from envs.calvin import build_assets, build_tables, low_polygon, scenes
 from envs.calvin.layers import BACKDROP_RGB, depth_in_m, draw
+from envs.calvin.randomization import Light
 from envs.calvin.robot_urdf import robot_urdf
 from envs.calvin.simulation import PINNED, Simulation
 
@@ -205,7 +206,7 @@ def test_drawing_in_layers_is_drawing_at_once(simulation):
             simulation._set_light("led", step % 2)
         simulation.reset_robot(np.array(scenes.NEUTRAL_JOINTS_RAD) + rng.uniform(-0.3, 0.3, 7), rng.uniform(0, 0.08))
         rgb, depth_m = simulation.render_static()
-        whole, raw_depth = draw(simulation.client, 200, 200, view, projection)
+        whole, raw_depth = draw(simulation.client, 200, 200, view, projection, Light())
         empty = raw_depth >= 1
         assert (rgb[empty] == BACKDROP_RGB).all()
         assert (rgb != whole).any(axis=-1)[~empty].sum() <= 3
