@@ -41,7 +41,10 @@ class Attempt:
 
 @dataclass(kw_only=True)
 class ChainResult:
-    """One chain as it went. `error` tells what broke (simulator or policy); such a chain is no failure of the policy."""
+    """One chain as it went. `error` tells what broke (simulator or policy); such a chain is no failure of the policy.
+
+    renderer, calvin_env: as the simulator that ran it names them; empty where the chain did not begin.
+    """
 
     index: int
     initial_state: Condition
@@ -50,6 +53,8 @@ class ChainResult:
     steps: int = 0
     seconds: float = 0.0
     attempts: list[Attempt] = field(default_factory=list)
+    renderer: str = ""
+    calvin_env: str = ""
     error: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -102,7 +107,7 @@ def run_chain(
     """
     condition, subtasks = chain
     watcher = watcher or Watcher()
-    result = ChainResult(index=index, initial_state=condition, subtasks=subtasks)
+    result = ChainResult(index=index, initial_state=condition, subtasks=subtasks, renderer=env.renderer, calvin_env=env.version)
     began = time.perf_counter()
     try:
         robot_obs, scene_obs = initial_state(condition, env.scene.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from collections.abc import Iterator
@@ -15,46 +16,88 @@ from policies.base import Policy
 
 if TYPE_CHECKING:
     from envs.calvin import CalvinEnv
+    from envs.calvin_official import OfficialCalvinEnv
 
 OWN_ASSETS_NAME = "own low-polygon"
+OWN_SIMULATOR, ORIGINAL = "emu3-vla", "calvin_env"
+SIMULATORS = (OWN_SIMULATOR, ORIGINAL)
+DEFAULT_RENDERER = "tiny"
+RENDERERS = (DEFAULT_RENDERER, "egl")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EnvConfig:
     """The simulator: checked when it is written down, not when the first worker starts."""
 
+    simulator: str = OWN_SIMULATOR  # emu3-vla, or calvin_env: the original, where it is installed
     scene: str = "D"  # A, B, C or D
-    assets: str = ""  # calvin_env's data/ folder; empty: our own low-polygon scenes
-    version: str = "1431a46"  # calvin_env commit whose behaviour is followed; or 797142c
+    assets: str = ""  # calvin_env's data/ folder; empty: our own low-polygon scenes (simulator=calvin_env: its installation's data/)
+    version: str = ""  # calvin_env commit whose behaviour is followed, 1431a46 (default) or 797142c; simulator=calvin_env: the one required
+    renderer: str = DEFAULT_RENDERER  # tiny (on the CPU) or egl (on the GPU)
 
     def __post_init__(self):
-        asset_folder(scene_named(self.scene), self.assets or None)
+        _choose("env.simulator", self.simulator, SIMULATORS)
+        _choose("env.renderer", self.renderer, RENDERERS)
+        scene = scene_named(self.scene)
+        if self.simulator == ORIGINAL:
+            self._check_original()
+        else:
+            asset_folder(scene, self.assets or None)
+
+    @property
+    def own_assets(self) -> bool:
+        """Whether the scenes are our own low-polygon ones."""
+        return self.simulator == OWN_SIMULATOR and not self.assets
 
     @property
     def assets_name(self) -> str:
         """What results call the assets."""
-        return self.assets or OWN_ASSETS_NAME
+        return OWN_ASSETS_NAME if self.own_assets else self.assets or "those of the installed calvin_env"
 
-    def make(self) -> CalvinEnv:
+    def make(self) -> CalvinEnv | OfficialCalvinEnv:
         """A simulator that renders only when asked to."""
         with _quiet_import():
             from envs.calvin.env import CalvinEnv
 
-        return CalvinEnv(scene=self.scene, assets=self.assets or None, observe="on_demand", version=self.version)
+        shared: dict[str, Any] = {"scene": self.scene, "assets": self.assets or None, "observe": "on_demand"}
+        if self.simulator == ORIGINAL:
+            from envs.calvin_official import OfficialCalvinEnv
 
+            return OfficialCalvinEnv(**shared)
+        if self.version:
+            shared["version"] = self.version
+        if self.renderer != DEFAULT_RENDERER:
+            shared["renderer"] = self.renderer
+        return CalvinEnv(**shared)
 
-def renderer() -> str:
-    """What draws the simulator's images."""
-    with _quiet_import():
-        from envs.calvin.env import RENDERER
+    def _check_original(self) -> None:
+        with _quiet_import():
+            from envs.calvin_official import installed_version, official_assets
 
-    return RENDERER
+        if self.renderer != DEFAULT_RENDERER:
+            raise ValueError(f"env.renderer={self.renderer} is not for env.simulator={ORIGINAL}, which draws with {DEFAULT_RENDERER} here")
+        try:
+            installed = installed_version()
+        except ImportError as error:
+            raise ValueError(f"env.simulator={ORIGINAL}: {error}") from error
+        if self.version not in ("", installed):
+            raise ValueError(
+                f"env.version={self.version} is required, but the installed calvin_env is {installed}; install that one, or leave "
+                "env.version out to run in the one that is there"
+            )
+        official_assets(self.assets or None, scene_named(self.scene))
 
 
 def load_policy(name: str, env: EnvConfig) -> Policy:
     """The policy called `name`; a policy with privileged knowledge of the scene is told which one it is."""
     options: dict[str, Any] = {"scene": env.scene} if name == "expert" else {}
     return policies.load(name, **options)
+
+
+def _choose(option: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        close = difflib.get_close_matches(value, known, n=1)
+        raise ValueError(f"{option}={value} is not one of {', '.join(known)}" + (f"; did you mean {close[0]!r}?" if close else ""))
 
 
 @contextmanager

@@ -93,6 +93,7 @@ def _chart(results: dict[str, Any]) -> dict[str, Any] | None:
 def _facts(results: dict[str, Any]) -> list[tuple[str, str]]:
     facts = [
         ("policy", results["policy"]),
+        ("simulator", results["simulator"]),
         ("scene", results["scene"]),
         ("assets", results["assets"]),
         ("calvin_env behaviour", results["calvin_env"]),

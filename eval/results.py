@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from eval.environment import EnvConfig, renderer
+from eval.environment import EnvConfig
 from eval.protocol import deviations
 from eval.provenance import git_commit, policy_provenance, versions
 from eval.sequences import CHAIN_LENGTH
@@ -39,9 +39,11 @@ def assemble(
         "protocol": used,
         "deviations": deviations(used, summary["errors"]),
         "seed": seed,
+        "simulator": env.simulator,
         "scene": env.scene,
         "assets": env.assets_name,
-        "calvin_env": env.version,
+        "calvin_env": named_by(chains, "calvin_env"),
+        "renderer": named_by(chains, "renderer"),
         **facts(policy),
         "config": config | {"output_dir": ""},
         "timing": timing(chains, wall_s),
@@ -52,11 +54,15 @@ def assemble(
 def facts(policy: str) -> dict[str, Any]:
     """What a result says of the software that made it."""
     return {
-        "renderer": renderer(),
         "git_commit": git_commit(),
         "versions": versions(),
         "policy_provenance": policy_provenance(policy),
     }
+
+
+def named_by(chains: list[dict[str, Any]], key: str) -> str:
+    """What the simulators that ran `chains` say of themselves under `key`: "calvin_env" (version) or "renderer"."""
+    return " and ".join(sorted({chain[key] for chain in chains if chain[key]})) or "unknown, as no chain began"
 
 
 def timing(chains: list[dict[str, Any]], wall_s: float) -> dict[str, float | int | None]:
@@ -76,14 +82,14 @@ def timing(chains: list[dict[str, Any]], wall_s: float) -> dict[str, float | int
 
 
 def headline(results: dict[str, Any]) -> str:
-    """One line: average length, interval, chains, and whether the protocol was followed."""
+    """One line: average length, interval, chains, simulator, and whether the protocol was followed."""
     if results["average_length"] is None:
         return f"no chain was scored: all {results['errors']} ended by an error"
     low, high = results["ci95"]["average_length"]
     few = results["scored"] < FEWEST_FOR_INTERVAL
     interval = "too few for an interval" if few else f"95 % interval {low:.3f} to {high:.3f}"
     chains = f"{results['scored']} chain{'s' if results['scored'] != 1 else ''}"
-    text = f"average length {results['average_length']:.3f} ({chains}; {interval})"
+    text = f"average length {results['average_length']:.3f} ({chains}; {interval}; simulator {results['simulator']})"
     return text + (f"; deviates from {results['protocol']['name']}: {'; '.join(results['deviations'])}" if results["deviations"] else "")
 
 

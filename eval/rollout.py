@@ -20,11 +20,11 @@ from typing import Any
 import policies
 from envs.calvin.tasks import TASKS, check_task
 from eval.chain import run_chain
-from eval.environment import EnvConfig, load_policy
+from eval.environment import OWN_SIMULATOR, EnvConfig, load_policy
 from eval.progress import LiveLine
 from eval.protocol import MAX_STEPS, load_instructions, used_protocol
 from eval.provenance import policy_provenance
-from eval.results import REPORT_FILE, RESULTS_FILE, assemble, error_message, headline, write_json
+from eval.results import REPORT_FILE, RESULTS_FILE, assemble, error_message, headline, named_by, write_json
 from eval.sequences import OFFICIAL_CHAINS, Chain, is_possible, long_horizon_sequences
 
 RECORDING_FILE, VIDEO_FILE = "recording.rrd", "rollout.mp4"
@@ -106,7 +106,12 @@ def film(
     """Run `chains` in this process, recording everything; write the four files, print where they are, and return the results.
 
     A folder that holds results already is left as it is (None is returned). Exits with 1 where a chain ended by an error.
+    Raises ValueError for the original simulator.
     """
+    if env_config.simulator != OWN_SIMULATOR:
+        raise ValueError(
+            f"simulator={env_config.simulator} cannot be filmed: its bodies are not open to recordings; 'emu3-vla eval' scores in it"
+        )
     if (folder / RESULTS_FILE).is_file():
         print(f"finished already; delete {folder} or choose another output_dir= to run it again")
         say_where(folder)
@@ -135,8 +140,8 @@ def film(
         max_steps=max_steps,
         tasks=len(TASKS),
         scene=env_config.scene,
-        own_assets=not env_config.assets,
-        version=env_config.version,
+        own_assets=env_config.own_assets,
+        version=named_by(outcomes, "calvin_env"),
         own_sentences=not annotations,
     )
     results = assemble(

@@ -24,7 +24,7 @@ from eval.environment import EnvConfig
 from eval.progress import LiveLine, duration
 from eval.protocol import MAX_STEPS, load_instructions, select_chains, used_protocol
 from eval.provenance import policy_provenance
-from eval.results import REPORT_FILE, RESULTS_FILE, assemble, error_message, headline, write_json
+from eval.results import REPORT_FILE, RESULTS_FILE, assemble, error_message, headline, named_by, write_json
 from eval.sequences import OFFICIAL_CHAINS
 from eval.workers import Job, run_chains
 
@@ -89,8 +89,8 @@ def main(config: EvalConfig) -> None:
         max_steps=config.eval.max_steps,
         tasks=len(set(config.eval.tasks)) or len(TASKS),
         scene=config.env.scene,
-        own_assets=not config.env.assets,
-        version=config.env.version,
+        own_assets=config.env.own_assets,
+        version=named_by(outcomes, "calvin_env"),
         own_sentences=not config.eval.annotations,
     )
     results = assemble(

@@ -34,6 +34,7 @@ def results(chains, **changes):
         "policy": "a<b>",
         "protocol": {"name": "CALVIN LH-MTLC", "max_steps": 360},
         "deviations": ["the first 3 of the 1000 chains"],
+        "simulator": "emu3-vla",
         "scene": "D",
         "assets": "own",
         "calvin_env": "1431a46",
@@ -65,7 +66,7 @@ def test_page_shows_figures_and_escapes_names(tmp_path):
 def test_few_chains_have_no_interval_in_the_headline(tmp_path):
     few = results([chain(0, 3)])
     assert "too few chains for an interval" in page(tmp_path, few)
-    assert headline(few).startswith("average length 3.000 (1 chain; too few for an interval); deviates from CALVIN LH-MTLC: the first 3")
+    assert headline(few).startswith("average length 3.000 (1 chain; too few for an interval; simulator emu3-vla); deviates from CALVIN")
 
 
 def test_official_results_have_no_deviation_in_the_headline(tmp_path):
