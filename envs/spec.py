@@ -20,6 +20,10 @@ RGB_STATIC = "rgb_static"
 RGB_GRIPPER = "rgb_gripper"
 ROBOT_OBS = "robot_obs"
 SCENE_OBS = "scene_obs"
+DEPTH_STATIC = "depth_static"
+DEPTH_GRIPPER = "depth_gripper"
+RGB_TACTILE = "rgb_tactile"
+DEPTH_TACTILE = "depth_tactile"
 CAMERAS = (RGB_STATIC, RGB_GRIPPER)
 STATES = (ROBOT_OBS, SCENE_OBS)
 
@@ -53,6 +57,14 @@ OBSERVATION: dict[str, ArraySpec] = {
         meaning="slide [m], drawer [m], button [m], switch [m], bulb (0/1), LED (0/1), three blocks x (position [m], Euler [rad])",
     ),
 }
+
+SENSORS: dict[str, ArraySpec] = {
+    DEPTH_STATIC: ArraySpec(shape=(200, 200), dtype="float32", meaning="static camera, metres along its axis"),
+    DEPTH_GRIPPER: ArraySpec(shape=(84, 84), dtype="float32", meaning="wrist camera, metres along its axis"),
+    RGB_TACTILE: ArraySpec(shape=(160, 120, 6), dtype="uint8", meaning="RGB of the left, then of the right finger's sensor"),
+    DEPTH_TACTILE: ArraySpec(shape=(160, 120, 2), dtype="float32", meaning="how far the left, the right membrane is pressed in [m]"),
+}
+"""What an environment adds when asked to. Keys, shapes and dtypes are those of CALVIN's dataset."""
 
 ACTION = ArraySpec(shape=(ACTION_DIM,), dtype="float32", meaning="relative Cartesian action in [-1, 1]; gripper exactly -1 or +1")
 
@@ -104,13 +116,25 @@ class Episode:
             raise ValueError(f"episode of {self.task!r}: frame_step must ascend within [0, {steps}), got {self.frame_step.tolist()}")
 
 
-def check_action(action: np.ndarray) -> np.ndarray:
-    """Return `action` as float64 (7,) or raise InvalidAction saying what is wrong with it."""
-    array = np.asarray(action, dtype=np.float64)
-    if array.shape != (ACTION_DIM,):
-        raise InvalidAction(f"action has shape {array.shape}, expected ({ACTION_DIM},): dx dy dz rx ry rz gripper")
+def real_array(action: object, shape: tuple[int, ...], meaning: str = "") -> np.ndarray:
+    """`action` as float64 of that shape, or InvalidAction: not an array of real numbers, of another shape, or not finite."""
+    try:
+        array = np.asarray(action)
+    except (TypeError, ValueError) as error:
+        raise InvalidAction(f"action is no array of numbers: {error}") from error
+    if array.dtype.kind not in "fiu":
+        raise InvalidAction(f"action {action!r} has dtype {array.dtype}, expected real numbers of shape {shape}{meaning}")
+    if array.shape != shape:
+        raise InvalidAction(f"action has shape {array.shape}, expected {shape}{meaning}")
+    array = array.astype(np.float64)
     if not np.isfinite(array).all():
         raise InvalidAction(f"action has a NaN or infinite entry: {array.tolist()}; nothing was sent to the arm")
+    return array
+
+
+def check_action(action: np.ndarray) -> np.ndarray:
+    """Return `action` as float64 (7,) or raise InvalidAction saying what is wrong with it."""
+    array = real_array(action, (ACTION_DIM,), ": dx dy dz rx ry rz gripper")
     if np.abs(array).max() > 1.0:
         raise InvalidAction(f"action {array.tolist()} leaves [-1, 1]; scale it (unit 0.02 m and 0.05 rad) or clip it yourself")
     if array[-1] not in (GRIPPER_CLOSE, GRIPPER_OPEN):
