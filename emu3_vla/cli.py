@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("emu3_vla.training.loop:TrainConfig", "next-token prediction on a token store"),
     "eval": ("eval.run:EvalConfig", "score a policy on CALVIN's long-horizon chains"),
     "rollout": ("eval.rollout:RolloutConfig", "one chain, with video and a Rerun recording"),
+    "doctor": ("emu3_vla.commands.doctor:DoctorConfig", "check this installation; --fetch-assets downloads calvin_env's assets"),
 }
 
 
@@ -83,7 +84,7 @@ def compose(command: str, overrides: list[str]) -> Any:
 
     target = _target(command)
     defaults = _defaults(target)
-    preset, overrides = _take_preset(command, overrides)
+    preset, overrides = _take_preset(command, [_as_override(argument) for argument in overrides])
     known = _flatten(defaults)
     for override in overrides:
         key = override.split("=", 1)[0].lstrip("+~")
@@ -186,6 +187,14 @@ def _flatten(values: dict, prefix: str = "") -> list[str]:
         if isinstance(value, dict):
             keys += _flatten(value, f"{prefix}{key}.")
     return keys
+
+
+def _as_override(argument: str) -> str:
+    """`--some-option=value` is some_option=value; without a value it is true."""
+    if not argument.startswith("--"):
+        return argument
+    name, given, value = argument[2:].partition("=")
+    return f"{name.replace('-', '_')}={value if given else 'true'}"
 
 
 def _take_preset(command: str, overrides: list[str]) -> tuple[str | None, list[str]]:
