@@ -1,11 +1,11 @@
-"""The checkpoint folder: a policy is one folder, and nothing in it unpickles.
+"""Our own checkpoint folder: a policy is one folder, and nothing in it unpickles.
 
     model/               config.json, model.safetensors (Hugging Face layout), vocabulary.json
     vision_tokenizer/  text_tokenizer/  action_tokenizer/  normalizer.json
     policy.yaml          how to act with it (may be edited)
     provenance.json      where it came from, and the SHA-256 of every file but these two
 
-`load` refuses a folder whose files are not the ones that were saved together.
+`load_folder` refuses a folder whose files are not the ones that were saved together.
 """
 
 from __future__ import annotations
@@ -21,11 +21,15 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from transformers import Emu3ForCausalLM, Emu3TextModel
 
 from action_tokenizer import FastTokenizer
 from action_tokenizer.normalizer import ActionNormalizer
+from emu3_vla.checkpoint.assemble import build_decoder, read_weights
+from emu3_vla.checkpoint.errors import CheckpointError
+from emu3_vla.checkpoint.layouts import CONFIG, OURS, read_json
+from emu3_vla.checkpoint.weights import WEIGHTS, WeightFiles
 from emu3_vla.model import BlockEmu3Config, BlockEmu3ForCausalLM
 from emu3_vla.text import TextTokenizer
 from emu3_vla.vision_tokenizer import VisionTokenizer
@@ -34,12 +38,8 @@ from emu3_vla.vocabulary import CompactVocabulary
 FORMAT = 1
 MODEL, VISION, TEXT, ACTION = "model", "vision_tokenizer", "text_tokenizer", "action_tokenizer"
 NORMALIZER, POLICY, PROVENANCE = "normalizer.json", "policy.yaml", "provenance.json"
-WEIGHTS, CONFIG, VOCABULARY = "model.safetensors", "config.json", "vocabulary.json"
+VOCABULARY = "vocabulary.json"
 TOKENIZER_PARTS = (VISION, TEXT, ACTION, NORMALIZER)
-
-
-class CheckpointError(ValueError):
-    """A checkpoint folder that is incomplete, damaged, foreign, or put together of parts that do not belong together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +97,10 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None =
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; a checkpoint is a folder with {MODEL}/ and {PROVENANCE} in it")
-    provenance = _read_json(folder / PROVENANCE)
+    provenance = read_json(folder / PROVENANCE)
     _check_files(folder, provenance)
     vocabulary = CompactVocabulary.load(folder / MODEL / VOCABULARY)
-    model = _load_model(folder / MODEL, vocabulary, dtype).to(device).eval()
+    model = _load_model(folder / MODEL, vocabulary, device, dtype)
     vision = VisionTokenizer.from_pretrained(folder / VISION).to(device) if (folder / VISION).exists() else None
     checkpoint = Checkpoint(
         folder=folder,
@@ -155,26 +155,13 @@ def save(
 
 def load_weights(folder: Path, config: BlockEmu3Config) -> dict[str, torch.Tensor]:
     """Weights of a model/ folder, checked against `config`. Raises FileNotFoundError, CheckpointError."""
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    try:
-        weights = load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged or cut short: {error}") from error
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in BlockEmu3ForCausalLM(config).state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    if found != expected:
-        name = sorted(set(found.items()) ^ set(expected.items()))[0][0]
-        raise CheckpointError(
-            f"{path} does not fit its configuration: {name} is {found.get(name, 'absent')}, expected {expected.get(name, 'absent')}"
-        )
-    return weights
+    return read_weights(folder, expected)
 
 
-def _load_model(folder: Path, vocabulary: CompactVocabulary, dtype: torch.dtype | None) -> BlockEmu3ForCausalLM:
-    values = _read_json(folder / CONFIG)
+def _load_model(folder: Path, vocabulary: CompactVocabulary, device: str | torch.device, dtype: torch.dtype | None) -> BlockEmu3ForCausalLM:
+    values = read_json(folder / CONFIG)
     kind = values.get("model_type")
     if kind != BlockEmu3Config.model_type:
         raise CheckpointError(f"{folder / CONFIG}: model_type is {kind!r}, expected {BlockEmu3Config.model_type!r}")
@@ -187,13 +174,9 @@ def _load_model(folder: Path, vocabulary: CompactVocabulary, dtype: torch.dtype 
     ):
         if getattr(config, name) != size:
             raise CheckpointError(f"{folder / CONFIG}: {name} is {getattr(config, name)}, but {VOCABULARY} needs {size}")
-    weights = load_weights(folder, config)
     config._attn_implementation = "eager"
-    model = BlockEmu3ForCausalLM(config)
-    # Not model.to(dtype): that would round the rotary frequencies too.
-    for name, parameter in model.named_parameters():
-        parameter.data = weights[name].to(dtype or weights[name].dtype)
-    return model
+    files = WeightFiles.open(folder)
+    return build_decoder(BlockEmu3ForCausalLM, config, files, {name: name for name in files.tensors}, device=device, dtype=dtype)
 
 
 def _check_files(folder: Path, provenance: dict[str, Any]) -> None:
@@ -240,18 +223,6 @@ def _read_policy(path: Path) -> PolicySettings:
         return PolicySettings(**values)
     except (yaml.YAMLError, TypeError, AttributeError, KeyError, CheckpointError) as error:
         raise CheckpointError(f"{path} cannot be used: {type(error).__name__}: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    try:
-        values = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is damaged or cut short: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds {type(values).__name__}, expected a JSON object")
-    return values
 
 
 def _name_architecture(path: Path, dtype: torch.dtype) -> None:

@@ -1,0 +1,41 @@
+"""Checkpoint folders, ours and those of others: see `emu3_vla.checkpoint.loading` and `emu3_vla.checkpoint.folder`."""
+
+from emu3_vla.checkpoint.folder import (
+    ACTION,
+    CONFIG,
+    MODEL,
+    NORMALIZER,
+    POLICY,
+    PROVENANCE,
+    TEXT,
+    TOKENIZER_PARTS,
+    VISION,
+    VOCABULARY,
+    WEIGHTS,
+    Checkpoint,
+    CheckpointError,
+    PolicySettings,
+    load,
+    load_weights,
+    save,
+)
+
+__all__ = [
+    "ACTION",
+    "CONFIG",
+    "MODEL",
+    "NORMALIZER",
+    "POLICY",
+    "PROVENANCE",
+    "TEXT",
+    "TOKENIZER_PARTS",
+    "VISION",
+    "VOCABULARY",
+    "WEIGHTS",
+    "Checkpoint",
+    "CheckpointError",
+    "PolicySettings",
+    "load",
+    "load_weights",
+    "save",
+]
