@@ -1,8 +1,8 @@
 """Emu3 for robots: one Transformer over text, image, video and action tokens."""
 
 
-def load(folder, *, device="cpu", dtype=None):
-    """The model and tokenizers of a checkpoint folder: see `emu3_vla.checkpoint.load`."""
+def load(path, *, device="cpu", dtype=None, vision_tokenizer=None, action_tokenizer=None):
+    """The model, tokenizers and configuration of a checkpoint folder or Hugging Face name: see `emu3_vla.checkpoint.loading.load`."""
     from emu3_vla.checkpoint import load as load_checkpoint
 
-    return load_checkpoint(folder, device=device, dtype=dtype)
+    return load_checkpoint(path, device=device, dtype=dtype, vision_tokenizer=vision_tokenizer, action_tokenizer=action_tokenizer)

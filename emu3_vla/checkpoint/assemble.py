@@ -29,7 +29,8 @@ def build_decoder(
     """A decoder of class `kind` with the weights of `files`, in evaluation mode.
 
     names: parameter name → name in the files. dtype: of the parameters; default: as stored. Buffers keep float32, because rotary
-    frequencies rounded to bfloat16 misplace far positions. Raises CheckpointError for a weight that is missing, too many or of another shape.
+    frequencies rounded to bfloat16 misplace far positions. Raises CheckpointError for a weight that is missing, too many or of
+    another shape.
     """
     with torch.device("meta"):
         try:

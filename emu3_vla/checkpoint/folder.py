@@ -66,17 +66,22 @@ class PolicySettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What a checkpoint folder holds; None for parts that it lacks. `model` is in evaluation mode."""
+    """What a checkpoint holds; None for parts that it lacks. `model` is in evaluation mode.
+
+    layout: the name of one of `layouts.LAYOUTS`. unused_weights: names of weights in the files that this program has no use for.
+    """
 
     folder: Path
-    model: BlockEmu3ForCausalLM
-    vocabulary: CompactVocabulary
+    model: BlockEmu3ForCausalLM | Emu3ForCausalLM | Emu3TextModel
+    vocabulary: CompactVocabulary | None
     vision_tokenizer: VisionTokenizer | None
     text_tokenizer: TextTokenizer | None
     action_tokenizer: FastTokenizer | None
     normalizer: ActionNormalizer | None
     policy: PolicySettings | None
     provenance: dict[str, Any]
+    layout: str = OURS.name
+    unused_weights: tuple[str, ...] = ()
 
     def require_policy(self) -> Checkpoint:
         """Itself, if it has all that acting needs. Raises CheckpointError naming what is missing."""
@@ -88,8 +93,8 @@ class Checkpoint:
         return self
 
 
-def load(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Checkpoint:
-    """Read a checkpoint folder.
+def load_folder(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Checkpoint:
+    """Read a checkpoint folder of ours.
 
     dtype: of the model; default: as it was saved. Raises FileNotFoundError for a missing file, CheckpointError (or the part's own
     named error) for one that is damaged or does not belong to the model, each naming the file.
