@@ -142,9 +142,8 @@ def fetch_assets(config: DoctorConfig) -> dict[str, Any]:
     default = config.fetch_assets is True
     folder = (fetched_assets() if default else Path(str(config.fetch_assets))).expanduser().resolve()
     url = config.fetch_url or ARCHIVE_URL
-    print(
-        f"calvin_env's assets at commit {COMMIT[:7]}: about {ARCHIVE_BYTES / 1e6:.0f} MB to download, {fetched_bytes() / 1e6:.0f} MB on disk"
-    )
+    sizes = f"about {ARCHIVE_BYTES / 1e6:.0f} MB to download, {fetched_bytes() / 1e6:.0f} MB on disk"
+    print(f"calvin_env's assets at commit {COMMIT[:7]}: {sizes}")
     print("licences: MIT (calvin_env, © 2021 Oier Mees) and Apache-2.0 (franka_panda); the texts are kept with the files")
     print(f"from {url}\ninto {folder}", flush=True)
     with LiveLine() as line:

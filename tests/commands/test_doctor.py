@@ -1,8 +1,10 @@
 """The doctor: what is sound is found sound, and each thing that can be wrong is found, told and survived."""
 
+import importlib.metadata
 import io
 import json
 import shutil
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -40,10 +42,12 @@ def test_a_sound_installation(tmp_path, capsys):
     said = capsys.readouterr().out
     report = json.loads((tmp_path / "out" / "doctor.json").read_text())
     findings = {finding["check"]: finding for finding in report["findings"]}
-    assert list(findings) == ["python", "packages", "extras", "threads", "scenes", "physics", "contact", "frames", "speed"]
+    assert list(findings) == ["python", "packages", "extras", "emu3-vla", "threads", "scenes", "physics", "contact", "frames", "speed"]
     assert report["problem"] == 0 and all(findings[check]["level"] == OK for check in ("python", "packages", "scenes", "physics", "frames"))
     assert findings["packages"]["figures"]["versions"]["numpy"] == np.__version__
     assert set(findings["physics"]["figures"]) == set("ABCD") and len(findings["frames"]["figures"]) == 8
+    assert findings["emu3-vla"]["figures"]["version"] == importlib.metadata.version("emu3-vla")
+    assert "TinyRenderer" in findings["speed"]["figures"]["renderer"]
     assert all(0 < value < 5000 for value in findings["speed"]["figures"]["median_ms"].values())
     assert f"no problems, {report['warning'] or 'no'} warning" in said and str(tmp_path / "out" / "doctor.json") in said
     assert all(f"{finding['level']:8} {check}" in said for check, finding in findings.items())
@@ -52,10 +56,10 @@ def test_a_sound_installation(tmp_path, capsys):
 
 def test_shipped_policy_decides(tmp_path):
     found = _examine("model", tmp_path)
-    assert list(found) == ["torch", "policy", "decision"]
+    assert list(found) == ["torch", "policy", "policy speed"]
     assert found["torch"].level == found["policy"].level == OK
     assert np.shape(found["policy"].figures["actions"]) == (10, 7)
-    assert found["decision"].figures["median_ms"]["decision"] > 0
+    assert found["policy speed"].figures["median_ms"]["decision"] > 0
 
 
 @pytest.mark.parametrize(
@@ -75,7 +79,7 @@ def test_broken_torch_is_one_problem_among_the_findings(torch, said, tmp_path, m
         main(["doctor", "checks=[model,installation]", f"output_dir={tmp_path / 'out'}"])
     assert stopped.value.code == 1
     report = json.loads((tmp_path / "out" / "doctor.json").read_text())
-    assert [finding["check"] for finding in report["findings"]] == ["model", "python", "packages", "extras", "threads"]
+    assert [finding["check"] for finding in report["findings"]] == ["model", "python", "packages", "extras", "emu3-vla", "threads"]
     assert report["problem"] == 1 and report["findings"][0]["said"] == said
     out = capsys.readouterr().out
     assert f"problem  model        {said}\n" in out and "→ install again what is missing or broken: pip install" in out
@@ -370,8 +374,6 @@ def test_progress_tells_rate_and_time_left():
 
 
 def test_importing_the_doctor_loads_nothing_that_may_be_broken():
-    import subprocess
-
     code = (
         "import sys, emu3_vla.commands.doctor; "
         "loaded = {'torch', 'pybullet', 'numpy', 'gymnasium', 'rich', 'transformers'} & set(sys.modules); assert not loaded, loaded"
