@@ -316,7 +316,7 @@ class Simulation:
         """Scene part of calvin_env's info; what the task oracle reads."""
         table_contacts = pb.getContactPoints(bodyA=self.table, physicsClientId=self.client)
         return {
-            "fixed_objects": {"table": {"uid": self.table, "links": self.table_links, "contacts": table_contacts}},
+            "fixed_objects": {"table": {"uid": self.table, "links": dict(self.table_links), "contacts": table_contacts}},
             "movable_objects": {name: self._block_info(uid) for name, uid in self.blocks.items()},
             "doors": {joint: {"current_state": self.fixture(joint)} for joint in (scenes.SLIDE, scenes.DRAWER)},
             "buttons": {scenes.BUTTON: {"joint_state": self.fixture(scenes.BUTTON), "logical_state": int(self.button_on)}},
