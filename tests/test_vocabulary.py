@@ -59,5 +59,5 @@ def test_refusals_say_what_is_wrong(tmp_path):
     with pytest.raises(VocabularyError, match="vocabulary.json is damaged or cut short"):
         CompactVocabulary.load(path)
     path.write_text(json.dumps({"format": "another"}))
-    with pytest.raises(VocabularyError, match="not a vocabulary"):
+    with pytest.raises(VocabularyError, match="not a vocabulary of the expected kind: its format is .another."):
         CompactVocabulary.load(path)
