@@ -3,7 +3,8 @@
     tokenizer = VisionTokenizer.from_pretrained(folder)     # config.json says which kind it is
     codes = tokenizer.encode(pixels)                        # (B, 3, H, W) -> (B, H / 8, W / 8)
 
-Axes: B batch, T time (pixels), t time (codes), H W rows and columns of pixels, h w rows and columns of codes.
+Axes: B batch, T time (pixels), t time (codes), H W rows and columns of pixels, h w rows and columns of codes, D code dimensions,
+N rows of a list of latents.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import difflib
 import importlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ from torch import nn
 
 from emu3_vla.vision_tokenizer.images import to_pixels
 from emu3_vla.vision_tokenizer.padding import Padding, pad_to_multiple
+
+if TYPE_CHECKING:
+    from emu3_vla.vision_tokenizer.codebook import TrainingCodebook
 
 KINDS = {
     "light": ("emu3_vla.vision_tokenizer.light", "LightTokenizer"),
@@ -40,7 +44,7 @@ class VisionTokenizerError(ValueError):
 
 
 class VisionTokenizer(nn.Module):
-    """Base of the kinds. A kind fills in `from_config`, `config_dict`, `_encode_frames` and `_decode_frames`.
+    """Base of the kinds. A kind fills in what stands below "what a kind fills in".
 
     kind: its name in config.json. codebook_size: number of codes. patch: pixels per code along a side. frames_per_code: in video.
     image_sizes: camera name → side in pixels at which that camera's images are read.
@@ -62,17 +66,14 @@ class VisionTokenizer(nn.Module):
         Returns int64 (B, h, w) or (B, t, h, w) in [0, codebook_size). Raises VisionTokenizerError.
         """
         self._check_pixels(pixels)
-        if pixels.ndim == 5:
-            return self._encode_video(pixels)
-        return self._encode_frames(pixels)
+        latents = self.latents(pixels)
+        return self.nearest(latents.flatten(0, -2)).view(latents.shape[:-1])
 
     @torch.inference_mode()
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Pixels of codes: int64 (B, h, w) or (B, t, h, w) -> float32 (B, 3, H, W) or (B, T, 3, H, W), about [-1, 1]."""
         self._check_codes(codes)
-        if codes.ndim == 4:
-            return self._decode_video(codes)
-        return self._decode_frames(codes)
+        return self.pixels(self.vectors(codes)).float()
 
     def pad(self, pixels: torch.Tensor) -> tuple[torch.Tensor, Padding]:
         """Images or video of any size and length, padded to what `encode` takes, and how to undo it on what `decode` gives."""
@@ -103,6 +104,11 @@ class VisionTokenizer(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    def compile(self, **options: Any) -> None:
+        """Compile the 2-D networks, where the time goes, with torch.compile(**options). The first call for each shape then takes long."""
+        self.frame_features = torch.compile(self.frame_features, **options)
+        self.frame_pixels = torch.compile(self.frame_pixels, **options)
 
     # -- folders
 
@@ -153,18 +159,39 @@ class VisionTokenizer(nn.Module):
         """Take over weights that have been checked against `weights`."""
         self.load_state_dict(state)
 
-    def _encode_frames(self, pixels: torch.Tensor) -> torch.Tensor:
+    def latents(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What is quantised, with gradients: (B, 3, H, W) -> float32 (B, h, w, D); (B, T, 3, H, W) -> (B, t, h, w, D)."""
         raise NotImplementedError
 
-    def _decode_frames(self, codes: torch.Tensor) -> torch.Tensor:
+    def nearest(self, latents_ND: torch.Tensor) -> torch.Tensor:
+        """The code of each latent: float32 (N, D) -> int64 (N,)."""
         raise NotImplementedError
 
-    def _encode_video(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Frame by frame, t = T, unless a kind does better."""
-        return self._encode_frames(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
+    def vectors(self, codes: torch.Tensor) -> torch.Tensor:
+        """Code vectors: int64 (...) -> (..., D)."""
+        raise NotImplementedError
 
-    def _decode_video(self, codes: torch.Tensor) -> torch.Tensor:
-        return self._decode_frames(codes.flatten(0, 1)).unflatten(0, codes.shape[:2])
+    def pixels(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Pixels of code vectors, with gradients: the shapes of `latents` backwards."""
+        raise NotImplementedError
+
+    def frame_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The 2-D half of the encoder, each frame alone: (N, 3, H, W) -> (N, C, h, w)."""
+        raise NotImplementedError
+
+    # -- for training
+
+    def training_codebook(self) -> TrainingCodebook:
+        """The codebook with what training needs; it shares its codes with the tokenizer."""
+        raise NotImplementedError
+
+    def residual_kernels(self) -> list[nn.Parameter]:
+        """Kernels of the residual blocks of the 2-D network, which Muon may have."""
+        raise NotImplementedError
+
+    def last_layer(self) -> nn.Parameter:
+        """The kernel that makes pixels; the weight of an adversarial loss is balanced there."""
+        raise NotImplementedError
 
     # -- checks
 

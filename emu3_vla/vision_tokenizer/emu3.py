@@ -12,18 +12,20 @@ Source: Emu3 (Nature 2026, s41586-025-10041-x), the layouts of BAAI/Emu3-VisionT
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Emu3VQVAE, Emu3VQVAEConfig
+from transformers.models.emu3.modeling_emu3 import Emu3VQVAEResnetBlock
 
 from emu3_vla.vision_tokenizer.base import VisionTokenizer, VisionTokenizerError
+from emu3_vla.vision_tokenizer.codebook import GradientCodebook, nearest_euclidean
+from emu3_vla.vision_tokenizer.temporal import freeze_batch_norms
+from envs.spec import RGB_GRIPPER, RGB_STATIC
 
 BAAI_MODEL_TYPE, TRANSFORMERS_MODEL_TYPE = "Emu3VisionVQ", "emu3_vqgan"
-
-# Rows of the distance matrix computed at once: 1024 × 32,768 floats are 128 MB.
-ROWS = 1024
 
 _BAAI_CONFIG = {  # BAAI's name → Transformers'
     "ch": "base_channels",
@@ -52,6 +54,32 @@ _BAAI_WEIGHTS = (  # pattern in BAAI's names → Transformers', in this order
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Emu3Config:
+    """Sizes of an Emu3 tokenizer to be trained from random weights; the defaults are the published ones. Raises ValueError."""
+
+    codebook_size: int = 32_768
+    code_dimension: int = 4
+    base_channels: int = 256
+    channel_multiplier: tuple[int, ...] = (1, 2, 2, 4)  # at full, half, ... resolution; a code is 2^(levels - 1) pixels wide
+    residual_blocks: int = 2  # at each resolution, and in time
+    attention_levels: tuple[int, ...] = (3,)  # levels, counted from 0, with attention over the whole image
+    latent_channels: int = 4  # of the features that are mixed in time
+    frames_per_code: int = 4
+    image_sizes: dict[str, int] = field(default_factory=lambda: {RGB_STATIC: 200, RGB_GRIPPER: 80})
+
+    def __post_init__(self):
+        if self.base_channels < 32 or self.base_channels % 32:
+            raise ValueError(f"base_channels is {self.base_channels}, expected a multiple of 32, the number of groups of its norms")
+        if len(self.channel_multiplier) < 2 or min(self.channel_multiplier) < 1:
+            raise ValueError(f"channel_multiplier is {self.channel_multiplier}, expected two or more numbers of at least 1")
+        if self.frames_per_code < 1 or self.frames_per_code & (self.frames_per_code - 1):
+            raise ValueError(f"frames_per_code is {self.frames_per_code}, expected a power of two")
+        patch = 2 ** (len(self.channel_multiplier) - 1)
+        if not self.image_sizes or any(size < patch or size % patch for size in self.image_sizes.values()):
+            raise ValueError(f"image_sizes {self.image_sizes}: every side must be a positive multiple of {patch}")
+
+
 class Emu3Tokenizer(VisionTokenizer):
     """Emu3's tokenizer over Transformers' modules. `vqvae` is the module itself, for training, export and quantisation."""
 
@@ -65,6 +93,22 @@ class Emu3Tokenizer(VisionTokenizer):
         self.codebook_size = config.codebook_size
         self.patch = 2 ** (len(config.channel_multiplier) - 1)
         self.frames_per_code = config.temporal_downsample_factor
+
+    @classmethod
+    def from_sizes(cls, sizes: Emu3Config) -> Emu3Tokenizer:
+        """One with random weights."""
+        config = Emu3VQVAEConfig(
+            codebook_size=sizes.codebook_size,
+            embed_dim=sizes.code_dimension,
+            latent_channels=sizes.latent_channels,
+            base_channels=sizes.base_channels,
+            channel_multiplier=list(sizes.channel_multiplier),
+            num_res_blocks=sizes.residual_blocks,
+            attn_resolutions=list(sizes.attention_levels),
+            hidden_size=sizes.base_channels * sizes.channel_multiplier[-1],
+            temporal_downsample_factor=sizes.frames_per_code,
+        )
+        return cls(config, sizes.image_sizes)
 
     # -- folders
 
@@ -95,16 +139,20 @@ class Emu3Tokenizer(VisionTokenizer):
     def load_weights(self, state: dict[str, torch.Tensor]) -> None:
         self.vqvae.load_state_dict(state)
 
+    def train(self, mode: bool = True) -> Emu3Tokenizer:
+        """As every module's, but the batch norms in time keep the averages that they have; see temporal.py."""
+        super().train(mode)
+        freeze_batch_norms(self)
+        return self
+
     # -- pixels to codes
 
-    def _encode_frames(self, pixels: torch.Tensor) -> torch.Tensor:
-        features = self.frame_features(pixels)
-        still = features[:, None].expand(-1, self.frames_per_code, -1, -1, -1)
-        return self._quantise(self.temporal_latents(still))[:, 0]
-
-    def _encode_video(self, pixels: torch.Tensor) -> torch.Tensor:
+    def latents(self, pixels: torch.Tensor) -> torch.Tensor:
+        if pixels.ndim == 4:
+            still = self.frame_features(pixels)[:, None].expand(-1, self.frames_per_code, -1, -1, -1)
+            return self.temporal_latents(still)[:, 0].permute(0, 2, 3, 1).float()
         features = self.frame_features(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
-        return self._quantise(self.temporal_latents(features))
+        return self.temporal_latents(features).permute(0, 1, 3, 4, 2).float()
 
     def frame_features(self, pixels: torch.Tensor) -> torch.Tensor:
         """The 2-D half of the encoder, each frame alone: float (N, 3, H, W) -> (N, C, h, w)."""
@@ -122,27 +170,21 @@ class Emu3Tokenizer(VisionTokenizer):
             hidden = layer(hidden)
         return self.vqvae.quant_conv(hidden).transpose(1, 2)
 
-    def _quantise(self, latents: torch.Tensor) -> torch.Tensor:
-        """The nearest code of each latent (B, t, D, h, w), in the published code's arithmetic, a part of the rows at a time."""
-        codes = self.vqvae.quantize.embedding.weight.float()
-        rows = latents.float().permute(0, 1, 3, 4, 2)
-        squares = codes.square().sum(1)
-        nearest = [
-            (part.square().sum(1, keepdim=True) + squares - 2 * part @ codes.T).argmin(1)
-            for part in rows.flatten(0, 3).split(ROWS)
-        ]
-        return torch.cat(nearest).view(rows.shape[:-1])
+    def nearest(self, latents_ND: torch.Tensor) -> torch.Tensor:
+        """The nearest code of each latent, in the published code's arithmetic."""
+        return nearest_euclidean(latents_ND, self.vqvae.quantize.embedding.weight)
 
     # -- codes to pixels
 
-    def _decode_frames(self, codes: torch.Tensor) -> torch.Tensor:
-        latents, quantised = self.temporal_features(self.vqvae.quantize.embedding(codes[:, None]))
-        return self.frame_pixels(latents[:, 0], quantised[:, 0]).float()
+    def vectors(self, codes: torch.Tensor) -> torch.Tensor:
+        return self.vqvae.quantize.embedding(codes)
 
-    def _decode_video(self, codes: torch.Tensor) -> torch.Tensor:
-        latents, quantised = self.temporal_features(self.vqvae.quantize.embedding(codes))
-        pixels = self.frame_pixels(latents.flatten(0, 1), quantised.flatten(0, 1))
-        return pixels.unflatten(0, latents.shape[:2]).float()
+    def pixels(self, vectors: torch.Tensor) -> torch.Tensor:
+        if vectors.ndim == 4:
+            latents, quantised = self.temporal_features(vectors[:, None])
+            return self.frame_pixels(latents[:, 0], quantised[:, 0])
+        latents, quantised = self.temporal_features(vectors)
+        return self.frame_pixels(latents.flatten(0, 1), quantised.flatten(0, 1)).unflatten(0, latents.shape[:2])
 
     def temporal_features(self, embedded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Code vectors (B, t, h, w, D) -> what the 2-D half decodes and what its norms are steered by, each (B, T, C, h, w)."""
@@ -162,6 +204,18 @@ class Emu3Tokenizer(VisionTokenizer):
         hidden = decoder.middle_block(decoder.conv_in(latents), quantised)
         hidden = decoder.up_block(hidden, quantised)
         return decoder.conv_out(nn.functional.silu(decoder.norm_out(hidden, quantised)))
+
+    # -- for training
+
+    def training_codebook(self) -> GradientCodebook:
+        return GradientCodebook(self.vqvae.quantize.embedding)
+
+    def residual_kernels(self) -> list[nn.Parameter]:
+        blocks = [module for module in self.modules() if isinstance(module, Emu3VQVAEResnetBlock)]
+        return [layer.weight for block in blocks for layer in (block.conv1, block.conv2)]
+
+    def last_layer(self) -> nn.Parameter:
+        return self.vqvae.decoder.conv_out.weight
 
 
 def _from_baai_config(values: dict[str, Any], where: str) -> dict[str, Any]:

@@ -24,9 +24,7 @@ def resize(images: np.ndarray | torch.Tensor, size: int) -> torch.Tensor:
     """The first half of `to_pixels`: uint8 (B, H, W, 3) -> uint8 (B, 3, size, size), channels last in memory."""
     images = torch.as_tensor(images)
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise ValueError(
-            f"images are {images.dtype} of shape {tuple(images.shape)}, expected uint8 (B, H, W, 3) as the cameras give them"
-        )
+        raise ValueError(f"images are {images.dtype} of shape {tuple(images.shape)}, expected uint8 (B, H, W, 3) as the cameras give them")
     if size < 1:
         raise ValueError(f"size is {size}, expected at least 1 pixel")
     images = images.permute(0, 3, 1, 2)

@@ -1,8 +1,9 @@
 """What a reconstruction is judged by, in training and in figures.
 
 A tabletop is mostly wood that never changes, and an error there costs as much in PSNR as a lost block. So pixels far from the camera's
-median image (arm, blocks, lights, an open drawer) count more. In place of a learnt perceptual loss, which would need weights from
-elsewhere, image gradients are compared too: they keep small edges from being blurred away.
+median image (arm, blocks, lights, an open drawer) count more. Image gradients are compared too: they keep small edges from being blurred
+away. The perceptual part (perceptual.py) and the adversarial one (discriminator.py) are off by default: Emu3's sizes have them in the
+preset movqgan.
 
 Axes: B batch, C channels, H W rows and columns.
 """
@@ -24,12 +25,16 @@ class LossConfig:
     absolute: float = 1.0  # |error|
     squared: float = 1.0  # error squared
     gradient: float = 0.5  # |error| of horizontal and vertical differences
-    commitment: float = 0.25  # squared distance of unit latents from their codes
+    perceptual: float = 0.0  # LPIPS, or its substitute where no weights are given
+    perceptual_weights: str = ""  # file that `python -m emu3_vla.vision_tokenizer.lpips` writes; empty: the substitute
+    commitment: float = 0.25  # squared distance of latents from their codes
+    codebook: float = 1.0  # the same pulling the codes, where the codebook learns by gradient (kind emu3)
+    adversarial: float = 0.0  # times the factor that balances it with the rest; see discriminator.adaptive_weight
     foreground: float = 4.0  # added weight of a pixel that is far from the median image; 0: all pixels alike
     foreground_distance: float = 0.25  # what is far: mean over channels of |pixel - median|, pixels in [-1, 1]
 
     def __post_init__(self):
-        negative = {name: value for name, value in vars(self).items() if value < 0}
+        negative = {name: value for name, value in vars(self).items() if not isinstance(value, str) and value < 0}
         if negative:
             raise ValueError(f"loss weights must not be negative, got {negative}")
         if self.absolute + self.squared == 0 or self.foreground_distance == 0:
@@ -41,10 +46,8 @@ def foreground(pixels: torch.Tensor, median: torch.Tensor, distance: float) -> t
     return ((pixels - median).abs().mean(1, keepdim=True) / distance).clamp_(max=1)
 
 
-def reconstruction_loss(
-    decoded: torch.Tensor, pixels: torch.Tensor, median: torch.Tensor, config: LossConfig
-) -> torch.Tensor:
-    """Weighted mean error of decoded (B, 3, H, W) against pixels, both in [-1, 1]; median (3, H, W). Returns a scalar."""
+def reconstruction_loss(decoded: torch.Tensor, pixels: torch.Tensor, median: torch.Tensor, config: LossConfig) -> torch.Tensor:
+    """Weighted mean error of decoded (B, 3, H, W) against pixels, both in [-1, 1]; median (3, H, W), or one for each. Returns a scalar."""
     weight = 1 + config.foreground * foreground(pixels, median, config.foreground_distance)
     weight = weight / weight.mean()
     error = decoded - pixels

@@ -11,7 +11,8 @@ from PIL import Image
 
 from emu3_vla.vision_tokenizer.base import VisionTokenizer
 from emu3_vla.vision_tokenizer.codebook import perplexity
-from emu3_vla.vision_tokenizer.images import from_bytes, to_images
+from emu3_vla.vision_tokenizer.frames import Frames
+from emu3_vla.vision_tokenizer.images import to_images
 from emu3_vla.vision_tokenizer.losses import foreground, psnr
 
 BATCH = 32
@@ -39,29 +40,73 @@ class Measurement:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """Frames through the codes and back. rows int64 (N,) or (M, T): which frames; decoded float32 (..., 3, size, size); codes int64."""
+
+    rows: torch.Tensor
+    codes: torch.Tensor
+    decoded: torch.Tensor
+
+
 @torch.inference_mode()
-def measure(tokenizer: VisionTokenizer, images: torch.Tensor, median: torch.Tensor, distance: float) -> Measurement:
-    """Measure on uint8 images (N, 3, H, W); median (3, H, W) in [-1, 1] and `distance` as in losses.foreground."""
-    counts = torch.zeros(tokenizer.codebook_size)
-    decoded = []
-    for batch in images.split(BATCH):
-        codes = tokenizer.encode(from_bytes(batch))
-        counts += torch.bincount(codes.flatten(), minlength=tokenizer.codebook_size)
-        decoded.append(tokenizer.decode(codes))
-    pixels, decoded = from_bytes(images), torch.cat(decoded)
+def reconstruct(tokenizer: VisionTokenizer, frames: Frames, rows: torch.Tensor) -> Reconstruction:
+    """Images `rows` (N,), or clips (M, T); a clip whose length is no multiple of frames_per_code is padded and cut back."""
+    codes, decoded = [], []
+    for part in rows.split(max(1, BATCH // rows[0].numel())):
+        padded, padding = tokenizer.pad(frames.pixels(part).to(tokenizer.device))
+        codes.append(tokenizer.encode(padded))
+        decoded.append(padding.undo(tokenizer.decode(codes[-1])).cpu())
+    return Reconstruction(rows=rows, codes=torch.cat(codes).cpu(), decoded=torch.cat(decoded))
+
+
+def measure(tokenizer: VisionTokenizer, frames: Frames, medians: torch.Tensor, distance: float, *, clips: bool = False) -> Measurement:
+    """Measure on all frames as images, or on all clips that do not overlap.
+
+    medians (sources, 3, size, size) in [-1, 1]; `distance` as in losses.foreground.
+    """
+    return figures(tokenizer, frames, medians, distance, reconstruct(tokenizer, frames, all_rows(frames, clips=clips)))
+
+
+def all_rows(frames: Frames, *, clips: bool) -> torch.Tensor:
+    """Rows (N,) of all frames, or (M, clip_length) of all clips that do not overlap."""
+    if not clips:
+        return torch.arange(len(frames))
+    apart, end = [], 0
+    for number, start in enumerate(frames.clips.tolist()):
+        if start >= end:
+            apart.append(number)
+            end = start + frames.clip_length
+    return frames.clip_rows(torch.tensor(apart))
+
+
+def figures(tokenizer: VisionTokenizer, frames: Frames, medians: torch.Tensor, distance: float, made: Reconstruction) -> Measurement:
+    rows = made.rows.flatten()
+    pixels, decoded = frames.pixels(rows), made.decoded.flatten(0, -4)
+    counts = torch.bincount(made.codes.flatten(), minlength=tokenizer.codebook_size)
+    weight = torch.cat(
+        [foreground(p, medians[frames.store[r]], distance) for p, r in zip(pixels.split(BATCH), rows.split(BATCH), strict=True)]
+    )
     return Measurement(
-        frames=len(images),
+        frames=len(rows),
         psnr_db=round(psnr(decoded, pixels), 3),
-        foreground_psnr_db=round(psnr(decoded, pixels, foreground(pixels, median, distance)), 3),
+        foreground_psnr_db=round(psnr(decoded, pixels, weight), 3),
         codes_used=round((counts > 0).float().mean().item(), 4),
         perplexity=round(perplexity(counts), 1),
     )
 
 
-def save_pictures(tokenizer: VisionTokenizer, images: torch.Tensor, path: Path) -> None:
+def save_pictures(tokenizer: VisionTokenizer, frames: Frames, path: Path) -> None:
     """Write a PNG of some frames, evenly chosen: originals in the upper row, reconstructions below."""
-    chosen = images[np.linspace(0, len(images) - 1, min(PICTURES, len(images))).round().astype(int)]
-    pixels = from_bytes(chosen)
-    rows = [np.concatenate(list(to_images(row)), axis=1) for row in (pixels, tokenizer.decode(tokenizer.encode(pixels)))]
+    made = reconstruct(tokenizer, frames, _evenly(len(frames), PICTURES))
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.concatenate(rows)).save(path)
+    Image.fromarray(picture_rows(frames.pixels(made.rows), made.decoded)).save(path)
+
+
+def picture_rows(*rows: torch.Tensor) -> np.ndarray:
+    """Pictures (n, 3, size, size) of each argument side by side, the arguments below one another: uint8 (H, W, 3)."""
+    return np.concatenate([np.concatenate(list(to_images(row)), axis=1) for row in rows])
+
+
+def _evenly(length: int, count: int) -> torch.Tensor:
+    return torch.from_numpy(np.linspace(0, length - 1, min(count, length)).round().astype(int))

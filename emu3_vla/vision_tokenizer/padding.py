@@ -1,7 +1,7 @@
 """Any size and length to what a tokenizer takes, and back: padded by repeating the edge, undone by cutting it off again.
 
-    padded, padding = tokenizer.pad(pixels)
-    pixels = padding.undo(tokenizer.decode(tokenizer.encode(padded)))      # the size and length of the original
+padded, padding = tokenizer.pad(pixels)
+pixels = padding.undo(tokenizer.decode(tokenizer.encode(padded)))      # the size and length of the original
 """
 
 from __future__ import annotations

@@ -134,14 +134,14 @@ def test_not_a_number_in_the_weights_is_refused(tokenizer, tmp_path):
 def test_config_says_what_cannot_be():
     with pytest.raises(ValueError, match="positive multiple of 8"):
         LightConfig(image_sizes={"rgb_static": 100})
-    with pytest.raises(ValueError, match="expected two numbers"):
+    with pytest.raises(ValueError, match="expected one number each"):
         LightConfig(channels=(64,))
 
 
 def test_codebook_finds_the_nearest_and_passes_gradients_straight():
     codebook = Codebook(16, 4)
     latents = (codebook.codes[[3, 7]] * 5 + 0.01).requires_grad_()
-    quantised, indices, commitment = codebook.quantise(latents)
+    quantised, indices, commitment, codes_loss = codebook.quantise(latents)
     assert indices.tolist() == [3, 7] and torch.allclose(quantised, codebook.codes[[3, 7]], atol=1e-6)
     slow = ((torch.nn.functional.normalize(latents, dim=1) - codebook.codes[[3, 7]]) ** 2).sum(1).mean()
     assert torch.isclose(commitment, slow)

@@ -135,7 +135,7 @@ def test_errors_are_named(episodes, tmp_path):
         config_for(episodes, tmp_path, precision="fp16")
     with pytest.raises(ValueError, match="threads is 0"):
         config_for(episodes, tmp_path, threads=0)
-    (tmp_path / "shards.json").write_text("[0, 1, 7]")
+    (tmp_path / "shards.json").write_text("[[0, 1, 7]]")
     with pytest.raises(ValueError, match=r"lacks shards \[7\] that this run began with"):
         run(config_for(episodes, tmp_path))
     (tmp_path / "shards.json").unlink()
