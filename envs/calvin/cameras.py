@@ -1,93 +1,87 @@
-"""The two cameras of a scene, and the looks and renderers that they draw it with."""
+"""The two cameras of a scene, the renderers that draw them, and how looks move them.
+
+Renderers: "tiny" is PyBullet's TinyRenderer on the CPU, the reference. "egl" is PyBullet's OpenGL renderer on a graphics card.
+"""
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pybullet as pb
 
 from envs.calvin import scenes
-from envs.calvin.layers import BACKDROP_RGB, LayeredCamera, depth_in_m, draw, with_backdrop
+from envs.calvin.culling import Boxes
+from envs.calvin.egl import RendererUnavailable
+from envs.calvin.layers import BACKDROP_RGB, LayeredCamera, depth_in_m, draw, hidden_parts, with_backdrop
 from envs.calvin.randomization import Look, Vector
 from envs.calvin.scenes import Camera
+from envs.calvin.stage import Stage
 
 if TYPE_CHECKING:
     from envs.calvin.simulation import Simulation
 
+__all__ = ["RENDERERS", "Cameras", "RendererUnavailable"]
+
 RENDERERS = ("tiny", "egl")
-TINY_RENDERER = "PyBullet TinyRenderer (CPU)"
 GRIPPER_CAMERA_LINK = 14
-TEXTURED_LINKS = ("base_link", "plank_link", "slide_link", "drawer_link")
-
-
-class RendererUnavailable(RuntimeError):
-    """A renderer that this machine cannot run. The message says what is missing and what to do."""
+WHITE_RGB = (255, 255, 255)
+"""What PyBullet paints where nothing is."""
 
 
 class Cameras:
-    """What is seen of one simulation. An image is drawn when it is asked for, and depends on state and look alone."""
+    """Both cameras of one simulation. An image is drawn when it is asked for; it depends on the state and the look alone.
+
+    Raises ValueError for an unknown renderer and RendererUnavailable for one that this machine cannot run.
+    """
 
     def __init__(self, simulation: Simulation, renderer: str):
         if renderer not in RENDERERS:
             raise ValueError(f"renderer={renderer!r} is not one of {', '.join(RENDERERS)}")
-        if renderer == "egl":
-            raise RendererUnavailable("renderer='egl' cannot be used yet; use renderer='tiny'")
         self.simulation = simulation
-        self.renderer = TINY_RENDERER
-        self.look = Look()
-        self.layered: LayeredCamera | None = None
+        self.stage = Stage(simulation, egl=renderer == "egl")
+        self._layered: LayeredCamera | None = None
+        self._layered_for: tuple | None = None
+        self._boxes: Boxes | None = None
 
-    def loaded(self) -> None:
-        """The scene has been loaded anew: it has its own look, and nothing drawn before is of use."""
-        self.look = Look()
-        self.layered = None
+    @property
+    def renderer(self) -> str:
+        """What draws the images, vendor included."""
+        return self.stage.renderer
+
+    @property
+    def look(self) -> Look:
+        """How the scene is seen."""
+        return self.stage.look
+
+    def reset(self) -> None:
+        """The scene has been loaded anew: back to its own look, and to what a new process would draw bit for bit."""
+        self.stage.look = Look()
+        if self._layered is not None:
+            self._layered.forget_fixtures()
 
     def set_look(self, look: Look) -> None:
-        """See the scene so from now on, until it is loaded again. Raises ValueError for a look that the assets cannot show."""
+        """See the scene so until it is loaded anew. Raises ValueError for anything but a Look."""
         if not isinstance(look, Look):
             raise ValueError(f"look is a {type(look).__name__}, expected envs.calvin.randomization.Look")
-        client = self.simulation.client
-        for uid, links, before, after in self._tinted(look):
-            for shape in pb.getVisualShapeData(uid, physicsClientId=client):
-                if links is None or shape[1] in links:
-                    rgb = [value / old * new for value, old, new in zip(shape[7][:3], before, after, strict=True)]
-                    pb.changeVisualShape(uid, shape[1], rgbaColor=(*rgb, shape[7][3]), physicsClientId=client)
-        if look.wood is not None and self.simulation.own_assets:
-            self._retexture(look.wood.atlas())
-        self.look, self.layered = look, None
+        self.stage.look = look
 
-    def _tinted(self, look: Look) -> list[tuple[int, set[int] | None, Vector, Vector]]:
-        """Per body: its links to tint (None: all), and the old and the new tint."""
-        simulation = self.simulation
-        wooden = {link for name, link in simulation.table_links.items() if name not in scenes.LIGHT_LINKS.values()}
-        bodies = [(simulation.robot, None, self.look.robot_tint, look.robot_tint)]
-        bodies += [(uid, None, self.look.block_tint, look.block_tint) for uid in simulation.blocks.values()]
-        bodies += [(simulation.table, wooden, self.look.table_tint, look.table_tint)]
-        return [body for body in bodies if body[2] != body[3]]
-
-    def _retexture(self, png: bytes) -> None:
-        simulation = self.simulation
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "wood.png"
-            file.write_bytes(png)
-            texture = pb.loadTexture(str(file), physicsClientId=simulation.client)
-        for link in TEXTURED_LINKS:
-            pb.changeVisualShape(simulation.table, simulation.table_links[link], textureUniqueId=texture, physicsClientId=simulation.client)
+    def close(self) -> None:
+        """Release what draws. Harmless when done twice."""
+        self.stage.close()
 
     # -- images
 
     def static(self) -> tuple[np.ndarray, np.ndarray]:
         """uint8 (200, 200, 3) and depth float64 (200, 200) [m] from the static camera."""
-        if self.simulation.own_assets:
-            if self.layered is None:
-                self.layered = self._layered_camera()
-            return self.layered.render(self._fixture_key())
+        client = self.stage.synced()
         camera = self._static_camera()
-        return self.draw(camera, pb.computeViewMatrix(camera.look_from, camera.look_at, camera.up))
+        if self.stage.egl:
+            return self._draw(client, camera, pb.computeViewMatrix(camera.look_from, camera.look_at, camera.up))
+        if self._layered_for != (self.stage.loads, self.look):
+            self._layered, self._layered_for = self._layered_camera(client, camera), (self.stage.loads, self.look)
+        return self._layered.render(self._fixture_key())
 
     def gripper(self) -> tuple[np.ndarray, np.ndarray]:
         """uint8 (84, 84, 3) and depth float64 (84, 84) [m] from the wrist camera."""
@@ -103,14 +97,23 @@ class Cameras:
 
         view: PyBullet's 4x4 view matrix, 16 numbers column by column (world → camera, which looks along its -z).
         """
+        return self._draw(self.stage.synced(), camera, view)
+
+    def _draw(self, client: int, camera: Camera, view: list[float]) -> tuple[np.ndarray, np.ndarray]:
         projection = pb.computeProjectionMatrixFOV(camera.fov_deg, camera.width / camera.height, camera.near_m, camera.far_m)
-        layer = draw(self.simulation.client, camera.width, camera.height, view, projection, self.look.light)
-        rgb, depth = with_backdrop(layer, self._backdrop) if self.simulation.own_assets else (np.ascontiguousarray(layer[0]), layer[1])
+        unseen = [] if self.stage.egl else self._robot_boxes(client).outside(view, projection)
+        with hidden_parts(client, unseen):
+            layer = draw(client, camera.width, camera.height, view, projection, self.look.light, egl=self.stage.egl)
+        rgb, depth = with_backdrop(layer, self._backdrop())
         return rgb, depth_in_m(depth, camera.near_m, camera.far_m)
 
-    @property
     def _backdrop(self) -> tuple[int, int, int]:
-        return self.look.backdrop or BACKDROP_RGB
+        return (self.look.backdrop or BACKDROP_RGB) if self.simulation.own_assets else WHITE_RGB
+
+    def _robot_boxes(self, client: int) -> Boxes:
+        if self._boxes is None or self._boxes.client != client:
+            self._boxes = Boxes(client, self.simulation.robot, self.stage.shapes)
+        return self._boxes
 
     def _static_camera(self) -> scenes.StaticCamera:
         camera = scenes.STATIC_CAMERA
@@ -120,16 +123,15 @@ class Cameras:
             look_at=_shifted(camera.look_at, self.look.static_target_shift_m),
         )
 
-    def _layered_camera(self) -> LayeredCamera:
-        """The static camera of our own scenes: what moves and what does not, as (body, link)."""
+    def _layered_camera(self, client: int, camera: scenes.StaticCamera) -> LayeredCamera:
+        """The static camera, and what moves and what does not, as (body, link)."""
         simulation = self.simulation
         table = {name: (simulation.table, link) for name, link in simulation.table_links.items()}
-        fixed = [table.pop("base_link"), table.pop("plank_link"), (simulation.pedestal, -1), (simulation.robot, -1)]
-        shapes = pb.getVisualShapeData(simulation.robot, physicsClientId=simulation.client)
-        movers = [(simulation.robot, shape[1]) for shape in shapes if shape[1] >= 0]
+        fixed = [table.pop("base_link"), table.pop("plank_link"), (simulation.pedestal, -1), (simulation.robot, -1), (simulation.plane, -1)]
+        movers = [(simulation.robot, shape[1]) for shape in self.stage.shapes if shape[0] == simulation.robot and shape[1] >= 0]
         movers += [(uid, -1) for uid in simulation.blocks.values()]
         parts = fixed, list(table.values()), list(dict.fromkeys(movers))
-        return LayeredCamera(simulation.client, self._static_camera(), *parts, self.look.light, self._backdrop)
+        return LayeredCamera(client, camera, *parts, self.look.light, self._backdrop())
 
     def _fixture_key(self) -> tuple:
         joints = (scenes.SLIDE, scenes.DRAWER, scenes.BUTTON, scenes.SWITCH)

@@ -1,4 +1,4 @@
-"""The static camera of our own scenes, drawn in layers: the table once, fixtures when moved, the rest always.
+"""The static camera, drawn in layers: table and floor once, fixtures when moved, the rest always.
 
 PyBullet's CPU renderer pays for every covered pixel (about 0.25 µs), so the table is most of an image's price, and it
 never moves. Layers are put together by depth, pixel by pixel. The image is that of drawing everything at once, whatever
@@ -7,7 +7,8 @@ was drawn before (where two surfaces are closer than a micrometre, either may be
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import contextlib
+from collections.abc import Hashable, Iterator
 
 import numpy as np
 import pybullet as pb
@@ -28,7 +29,8 @@ class LayeredCamera:
     """A camera that does not move, over one loaded scene.
 
     fixed: parts (body, link) that never move. fixtures: parts that move now and then, all described by the `key` of
-    `render`. movers: everything else, drawn each time. A camera is for one loading of the scene.
+    `render`. movers: everything else, drawn each time. A camera is for one loading and one look of the scene.
+    backdrop: RGB where nothing is.
     """
 
     def __init__(
@@ -66,20 +68,31 @@ class LayeredCamera:
             rgb, depth = _over(self._draw(hidden=self.fixed), self.background)
         return rgb, depth_in_m(depth, NEAR_M, self.camera.far_m)
 
+    def forget_fixtures(self) -> None:
+        """Draw the fixtures anew next time, as a new camera would; what never moves stays drawn."""
+        self.still = self.still_key = self.last_key = None
+
     def _draw(self, hidden: list[Part]) -> Layer:
-        """RGB and raw depth with some parts left out; PyBullet does not draw what is wholly transparent."""
-        colors = {uid: pb.getVisualShapeData(uid, physicsClientId=self.client) for uid in {uid for uid, _ in hidden}}
-        rgba = {(uid, shape[1]): shape[7] for uid, shapes in colors.items() for shape in shapes}
-        for part in hidden:
-            pb.changeVisualShape(*part, rgbaColor=(*rgba[part][:3], 0), physicsClientId=self.client)
-        try:
+        """RGB and raw depth with some parts left out."""
+        with hidden_parts(self.client, hidden):
             return draw(self.client, self.camera.width, self.camera.height, self.view, self.projection, self.light)
-        finally:
-            for part in hidden:
-                pb.changeVisualShape(*part, rgbaColor=rgba[part], physicsClientId=self.client)
 
 
-def draw(client: int, width: int, height: int, view, projection, light: Light, renderer: int = pb.ER_TINY_RENDERER) -> Layer:
+@contextlib.contextmanager
+def hidden_parts(client: int, parts: list[Part]) -> Iterator[None]:
+    """Leave some parts out of what is drawn inside: PyBullet does not draw what is wholly transparent."""
+    colors = {uid: pb.getVisualShapeData(uid, physicsClientId=client) for uid in {uid for uid, _ in parts}}
+    rgba = {(uid, shape[1]): shape[7] for uid, shapes in colors.items() for shape in shapes}
+    for part in parts:
+        pb.changeVisualShape(*part, rgbaColor=(*rgba[part][:3], 0), physicsClientId=client)
+    try:
+        yield
+    finally:
+        for part in parts:
+            pb.changeVisualShape(*part, rgbaColor=rgba[part], physicsClientId=client)
+
+
+def draw(client: int, width: int, height: int, view, projection, light: Light, egl: bool = False) -> Layer:
     """uint8 RGB (H, W, 3) and PyBullet's raw depth float32 (H, W) in [0, 1], without shadows and segmentation.
 
     Every parameter of the light is sent each time: PyBullet keeps the last ones.
@@ -96,7 +109,7 @@ def draw(client: int, width: int, height: int, view, projection, light: Light, r
         lightDiffuseCoeff=light.diffuse,
         lightSpecularCoeff=light.specular,
         flags=pb.ER_NO_SEGMENTATION_MASK,
-        renderer=renderer,
+        renderer=pb.ER_BULLET_HARDWARE_OPENGL if egl else pb.ER_TINY_RENDERER,
         physicsClientId=client,
     )
     return np.reshape(rgba, (height, width, 4))[..., :3], np.reshape(depth, (height, width))

@@ -8,7 +8,6 @@ Source: calvin_env 797142c and 1431a46, `robot/robot.py`, `robot/mixed_ik.py`, `
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +15,11 @@ import pybullet as pb
 
 from envs.calvin import scenes
 from envs.calvin.cameras import Cameras
+from envs.calvin.collision_urdf import collision_urdf
 from envs.calvin.randomization import Look
 from envs.calvin.robot_urdf import robot_urdf
 from envs.calvin.scenes import Scene
+from envs.calvin.stage import add_pedestal
 from envs.spec import MAX_RELATIVE_POSITION_M, MAX_RELATIVE_ROTATION_RAD, PHYSICS_HZ
 
 ARM_JOINTS = range(7)
@@ -53,7 +54,8 @@ class Simulation:
         self._load()
 
     def close(self) -> None:
-        """Release the physics client. Harmless when done twice."""
+        """Release the physics client and the cameras. Harmless when done twice."""
+        self.cameras.close()
         if self.client >= 0 and pb.isConnected(self.client):
             pb.disconnect(self.client)
         self.client = -1
@@ -79,27 +81,19 @@ class Simulation:
         self.body_names = {self.robot: "robot", self.pedestal: "pedestal", self.table: "table", self.plane: "plane"} | {
             uid: name for name, uid in self.blocks.items()
         }
-        self.cameras.loaded()
+        self.cameras.reset()
         self.gripper_command = 1
         self.button_on = self.button_was_pressed = self.switch_on = False
         self.lights = dict.fromkeys(scenes.LIGHT_LINKS, 0)
         self.used = False
 
     def _urdf(self, name: str, position=(0, 0, 0), orientation=(0, 0, 0, 1), **options) -> int:
-        return pb.loadURDF(str(self.folder / name), position, orientation, physicsClientId=self.client, **options)
+        path = collision_urdf(robot_urdf(self.folder, name))  # what is only seen is on the cameras' stage
+        return pb.loadURDF(path, position, orientation, physicsClientId=self.client, **options)
 
     def _load_robot(self) -> None:
-        self.robot = self._urdf(robot_urdf(self.folder, scenes.ROBOT_URDF), scenes.ROBOT_BASE_POSITION, useFixedBase=True)
-        x, y, height = scenes.ROBOT_BASE_POSITION
-        cylinder = pb.createVisualShape(
-            pb.GEOM_CYLINDER,
-            rgbaColor=[1, 1, 1, 1],
-            radius=0.13,
-            length=height,
-            visualFramePosition=[x - 0.05, y, height / 2],
-            physicsClientId=self.client,
-        )
-        self.pedestal = pb.createMultiBody(baseVisualShapeIndex=cylinder, physicsClientId=self.client)
+        self.robot = self._urdf(scenes.ROBOT_URDF, scenes.ROBOT_BASE_POSITION, useFixedBase=True)
+        self.pedestal = add_pedestal(self.client)
         gear = pb.createConstraint(
             self.robot,
             FINGER_JOINTS[0],
@@ -269,8 +263,6 @@ class Simulation:
         if state not in (0, 1):
             raise ValueError(f"{light} state is {state}, expected 0 or 1")
         self.lights[light] = state
-        rgba = scenes.LIGHT_ON_RGBA[light] if state else scenes.LIGHT_OFF_RGBA
-        pb.changeVisualShape(self.table, self.table_links[scenes.LIGHT_LINKS[light]], rgbaColor=rgba, physicsClientId=self.client)
 
     # -- reading
 
@@ -362,26 +354,7 @@ class Simulation:
 
         `dimensions` are metres (boxes: full sides; cylinders: length, radius; meshes: scale). The order is that of `visual_poses()`.
         """
-        shapes = []
-        for uid, name in self.body_names.items():
-            for data in pb.getVisualShapeData(uid, physicsClientId=self.client):
-                link = data[1]
-                file = data[4].decode()
-                shapes.append(
-                    {
-                        "body": name,
-                        "uid": uid,
-                        "link": link,
-                        "link_name": "base" if link < 0 else pb.getJointInfo(uid, link, physicsClientId=self.client)[12].decode(),
-                        "geometry": data[2],
-                        "dimensions": data[3],
-                        "file": os.path.normpath(file) if file else "",
-                        "rgba": data[7],
-                        "position": data[5],
-                        "quaternion": data[6],
-                    }
-                )
-        return shapes
+        return self.cameras.stage.visual_shapes()
 
     def visual_poses(self, shapes: list[dict]) -> np.ndarray:
         """World poses of those shapes now: float64 (N, 7), position [m] and quaternion (x, y, z, w)."""

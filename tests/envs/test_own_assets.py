@@ -206,7 +206,7 @@ def test_drawing_in_layers_is_drawing_at_once(simulation):
             simulation._set_light("led", step % 2)
         simulation.reset_robot(np.array(scenes.NEUTRAL_JOINTS_RAD) + rng.uniform(-0.3, 0.3, 7), rng.uniform(0, 0.08))
         rgb, depth_m = simulation.render_static()
-        whole, raw_depth = draw(simulation.client, 200, 200, view, projection, Light())
+        whole, raw_depth = draw(simulation.cameras.stage.synced(), 200, 200, view, projection, Light())
         empty = raw_depth >= 1
         assert (rgb[empty] == BACKDROP_RGB).all()
         assert (rgb != whole).any(axis=-1)[~empty].sum() <= 3
@@ -216,11 +216,8 @@ def test_drawing_in_layers_is_drawing_at_once(simulation):
 
 def test_layers_leave_no_trace_in_the_scene(scene_d):
     def colors():
-        return [
-            shape[7]
-            for uid in scene_d.body_names
-            for shape in pb.getVisualShapeData(uid, physicsClientId=scene_d.client)
-        ]
+        client = scene_d.cameras.stage.synced()
+        return [shape[7] for uid in scene_d.body_names for shape in pb.getVisualShapeData(uid, physicsClientId=client)]
 
     before = colors()
     first = scene_d.render_static()[0]
