@@ -21,7 +21,7 @@ import functools
 import numpy as np
 import pybullet as pb
 
-from envs.calvin.layers import depth_in_m
+from envs.calvin.layers import depth_in_m, hidden_parts
 from envs.calvin.simulation import Simulation
 
 TIP_LINKS = (10, 12)
@@ -101,14 +101,12 @@ class TactileSensors:
 
     def _draw(self, link: int, eye: np.ndarray, rotation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Depth [m] along the camera's axis of what is in front of the pad, and its segmentation codes, both (H, W)."""
-        simulation = self.simulation
         view = pb.computeViewMatrix(eye, eye + rotation[:, 0], rotation[:, 2])
         fov_deg = 2 * np.degrees(np.arctan(PAD_HEIGHT_M / 2 / FRONT_M))
         projection = pb.computeProjectionMatrixFOV(fov_deg, WIDTH / HEIGHT, NEAR_M, FAR_M)
-        rgba = self._rgba(link)
-        self._paint(link, (*rgba[:3], 0))  # PyBullet does not draw what is wholly transparent
-        try:
-            _, _, _, depth, segmentation = pb.getCameraImage(
+        client = self.simulation.cameras.stage.synced()
+        with hidden_parts(client, [(self.simulation.robot, link)]):
+            _, _, _, depth, codes = pb.getCameraImage(
                 WIDTH,
                 HEIGHT,
                 view,
@@ -116,20 +114,9 @@ class TactileSensors:
                 shadow=0,
                 flags=pb.ER_SEGMENTATION_MASK_OBJECT_AND_LINKINDEX,
                 renderer=pb.ER_TINY_RENDERER,
-                physicsClientId=simulation.client,
+                physicsClientId=client,
             )
-        finally:
-            self._paint(link, rgba)
-        return depth_in_m(np.reshape(depth, (HEIGHT, WIDTH)), NEAR_M, FAR_M), np.reshape(segmentation, (HEIGHT, WIDTH))
-
-    def _rgba(self, link: int) -> tuple[float, ...]:
-        simulation = self.simulation
-        shapes = pb.getVisualShapeData(simulation.robot, physicsClientId=simulation.client)
-        return next(shape[7] for shape in shapes if shape[1] == link)
-
-    def _paint(self, link: int, rgba: tuple[float, ...]) -> None:
-        simulation = self.simulation
-        pb.changeVisualShape(simulation.robot, link, rgbaColor=rgba, physicsClientId=simulation.client)
+        return depth_in_m(np.reshape(depth, (HEIGHT, WIDTH)), NEAR_M, FAR_M), np.reshape(codes, (HEIGHT, WIDTH))
 
 
 def shade(dent: np.ndarray) -> np.ndarray:
