@@ -3,7 +3,6 @@
 from emu3_vla.checkpoint.errors import CheckpointError
 from emu3_vla.checkpoint.folder import (
     ACTION,
-    CONFIG,
     MODEL,
     NORMALIZER,
     POLICY,
@@ -12,13 +11,15 @@ from emu3_vla.checkpoint.folder import (
     TOKENIZER_PARTS,
     VISION,
     VOCABULARY,
-    WEIGHTS,
     Checkpoint,
     PolicySettings,
     load_weights,
     save,
+    save_loaded,
 )
+from emu3_vla.checkpoint.layouts import CONFIG
 from emu3_vla.checkpoint.loading import load
+from emu3_vla.checkpoint.weights import WEIGHTS
 
 __all__ = [
     "ACTION",
@@ -38,4 +39,5 @@ __all__ = [
     "load",
     "load_weights",
     "save",
+    "save_loaded",
 ]

@@ -10,36 +10,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import save_file
-from transformers import Emu3ForCausalLM, Emu3TextModel
+from transformers import Emu3ForCausalLM, Emu3TextConfig, Emu3TextModel
 
 from action_tokenizer import FastTokenizer
 from action_tokenizer.normalizer import ActionNormalizer
-from emu3_vla.checkpoint.assemble import build_decoder, read_weights
+from emu3_vla.checkpoint.assemble import HEAD, build_decoder, read_weights
+from emu3_vla.checkpoint.belonging import check_belonging
 from emu3_vla.checkpoint.errors import CheckpointError
 from emu3_vla.checkpoint.layouts import CONFIG, OURS, read_json
-from emu3_vla.checkpoint.weights import WEIGHTS, WeightFiles
+from emu3_vla.checkpoint.weights import WeightFiles, write_weights
+from emu3_vla.emu3_text import Emu3TextTokenizer
 from emu3_vla.model import BlockEmu3Config, BlockEmu3ForCausalLM
 from emu3_vla.text import TextTokenizer
 from emu3_vla.vision_tokenizer import VisionTokenizer
-from emu3_vla.vocabulary import CompactVocabulary
+from emu3_vla.vocabulary import Emu3Vocabulary, Vocabulary, load_vocabulary
 
 FORMAT = 1
 MODEL, VISION, TEXT, ACTION = "model", "vision_tokenizer", "text_tokenizer", "action_tokenizer"
 NORMALIZER, POLICY, PROVENANCE = "normalizer.json", "policy.yaml", "provenance.json"
 VOCABULARY = "vocabulary.json"
 TOKENIZER_PARTS = (VISION, TEXT, ACTION, NORMALIZER)
+
+KINDS = {
+    BlockEmu3Config.model_type: (BlockEmu3Config, BlockEmu3ForCausalLM),
+    Emu3TextConfig.model_type: (Emu3TextConfig, Emu3ForCausalLM),
+}
+"""Models that model/ may hold, by the model_type in its config.json: ours with vision blocks, and Emu3 itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +82,9 @@ class Checkpoint:
 
     folder: Path
     model: BlockEmu3ForCausalLM | Emu3ForCausalLM | Emu3TextModel
-    vocabulary: CompactVocabulary | None
+    vocabulary: Vocabulary | None
     vision_tokenizer: VisionTokenizer | None
-    text_tokenizer: TextTokenizer | None
+    text_tokenizer: TextTokenizer | Emu3TextTokenizer | None
     action_tokenizer: FastTokenizer | None
     normalizer: ActionNormalizer | None
     policy: PolicySettings | None
@@ -104,15 +113,16 @@ def load_folder(folder: str | Path, *, device: str | torch.device = "cpu", dtype
         raise FileNotFoundError(f"{folder} is not a folder; a checkpoint is a folder with {MODEL}/ and {PROVENANCE} in it")
     provenance = read_json(folder / PROVENANCE)
     _check_files(folder, provenance)
-    vocabulary = CompactVocabulary.load(folder / MODEL / VOCABULARY)
+    vocabulary = load_vocabulary(folder / MODEL / VOCABULARY)
     model = _load_model(folder / MODEL, vocabulary, device, dtype)
     vision = VisionTokenizer.from_pretrained(folder / VISION).to(device) if (folder / VISION).exists() else None
+    text = Emu3TextTokenizer if isinstance(vocabulary, Emu3Vocabulary) else TextTokenizer
     checkpoint = Checkpoint(
         folder=folder,
         model=model,
         vocabulary=vocabulary,
         vision_tokenizer=vision,
-        text_tokenizer=TextTokenizer.from_pretrained(folder / TEXT) if (folder / TEXT).exists() else None,
+        text_tokenizer=text.from_pretrained(folder / TEXT) if (folder / TEXT).exists() else None,
         action_tokenizer=FastTokenizer.from_pretrained(folder / ACTION) if (folder / ACTION).exists() else None,
         normalizer=ActionNormalizer.load(folder / NORMALIZER) if (folder / NORMALIZER).exists() else None,
         policy=_read_policy(folder / POLICY) if (folder / POLICY).exists() else None,
@@ -125,9 +135,9 @@ def load_folder(folder: str | Path, *, device: str | torch.device = "cpu", dtype
 def save(
     folder: Path,
     *,
-    config: BlockEmu3Config,
+    config: BlockEmu3Config | Emu3TextConfig,
     weights: dict[str, torch.Tensor],
-    vocabulary: CompactVocabulary,
+    vocabulary: Vocabulary,
     tokenizers: Path,
     policy: PolicySettings,
     provenance: dict[str, Any],
@@ -137,25 +147,53 @@ def save(
     weights: by parameter name. tokenizers: a folder that holds vision_tokenizer/, text_tokenizer/, action_tokenizer/ and
     normalizer.json, such as a token store. Raises FileExistsError if `folder` is there, FileNotFoundError if a tokenizer is not.
     """
-    if folder.exists():
-        raise FileExistsError(f"{folder} is there already; nothing was overwritten")
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / MODEL).mkdir(parents=True)
-    config.save_pretrained(temporary / MODEL)
-    _name_architecture(temporary / MODEL / CONFIG, next(iter(weights.values())).dtype)
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary / MODEL / WEIGHTS, {"format": "pt"})
-    (temporary / MODEL / WEIGHTS).chmod(0o644)  # safetensors leaves it readable by its owner alone
-    vocabulary.save(temporary / MODEL / VOCABULARY)
-    for part in TOKENIZER_PARTS:
-        if not (tokenizers / part).exists():
-            raise FileNotFoundError(f"{tokenizers / part} is missing, so no checkpoint was written")
-        copy = shutil.copytree if (tokenizers / part).is_dir() else shutil.copyfile
-        copy(tokenizers / part, temporary / part)
-    files = {str(path.relative_to(temporary)): _sha256(path) for path in sorted(temporary.rglob("*")) if path.is_file()}
-    (temporary / POLICY).write_text(yaml.safe_dump({"format": FORMAT} | dataclasses.asdict(policy), sort_keys=False))
-    (temporary / PROVENANCE).write_text(json.dumps({"format": FORMAT} | provenance | {"files": files}, indent=1, default=str) + "\n")
-    os.rename(temporary, folder)
+    with _written(folder, policy, provenance) as temporary:
+        _write_model(temporary / MODEL, config, weights, vocabulary)
+        for part in TOKENIZER_PARTS:
+            if not (tokenizers / part).exists():
+                raise FileNotFoundError(f"{tokenizers / part} is missing, so no checkpoint was written")
+            copy = shutil.copytree if (tokenizers / part).is_dir() else shutil.copyfile
+            copy(tokenizers / part, temporary / part)
+
+
+def save_loaded(checkpoint: Checkpoint, folder: str | Path, *, provenance: dict[str, Any] | None = None) -> None:
+    """Write a checkpoint that was loaded, from whatever layout, as a folder of ours with the parts that it has, whole or not at all.
+
+    The model is written as it is now, so one that was changed (an adapter merged, trained further) is saved changed.
+    provenance: entries to add to those that it came with. Raises FileExistsError, and CheckpointError for a model that has no output head
+    or no known vocabulary (without which nobody knows what its ids mean) or whose weights are quantised.
+    """
+    folder, model = Path(folder), checkpoint.model
+    kind, _ = KINDS.get(model.config.model_type, (None, None))
+    if checkpoint.vocabulary is None or kind is None or isinstance(model, Emu3TextModel):
+        lacks = "a known vocabulary" if checkpoint.vocabulary is None else "an output head"
+        raise CheckpointError(f"{checkpoint.folder} has not {lacks}, so it cannot be saved as a folder of this program; export it instead")
+    came_with = {name: value for name, value in checkpoint.provenance.items() if name not in ("format", "files")}
+    with _written(folder, checkpoint.policy, came_with | (provenance or {})) as temporary:
+        _write_model(temporary / MODEL, model.config, plain_weights(model), checkpoint.vocabulary)
+        for name, part in ((VISION, checkpoint.vision_tokenizer), (TEXT, checkpoint.text_tokenizer), (ACTION, checkpoint.action_tokenizer)):
+            if part is not None:
+                part.save_pretrained(temporary / name)
+        if checkpoint.normalizer is not None:
+            checkpoint.normalizer.save(temporary / NORMALIZER)
+
+
+def plain_weights(model: Emu3ForCausalLM | Emu3TextModel) -> dict[str, torch.Tensor]:
+    """What the files of a model hold: its weights by name, a head that is the embedding left out.
+
+    Raises CheckpointError for adapters that are not merged and for quantised weights, which these files cannot hold.
+    """
+    weights = dict(model.state_dict())
+    if model.config.tie_word_embeddings:
+        weights.pop(HEAD, None)
+    for name, tensor in weights.items():
+        if ".lora_" in name or ".base_layer." in name:
+            raise CheckpointError(
+                f"this model carries an adapter ({name}); merge it first (emu3_vla.lora.merge), or save the adapter alone"
+            )
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            raise CheckpointError(f"{name} is quantised ({type(tensor).__name__}); save or export the model as it was before")
+    return weights
 
 
 def load_weights(folder: Path, config: BlockEmu3Config) -> dict[str, torch.Tensor]:
@@ -165,23 +203,47 @@ def load_weights(folder: Path, config: BlockEmu3Config) -> dict[str, torch.Tenso
     return read_weights(folder, expected)
 
 
-def _load_model(folder: Path, vocabulary: CompactVocabulary, device: str | torch.device, dtype: torch.dtype | None) -> BlockEmu3ForCausalLM:
+def _load_model(
+    folder: Path, vocabulary: Vocabulary, device: str | torch.device, dtype: torch.dtype | None
+) -> BlockEmu3ForCausalLM | Emu3ForCausalLM:
     values = read_json(folder / CONFIG)
     kind = values.get("model_type")
-    if kind != BlockEmu3Config.model_type:
-        raise CheckpointError(f"{folder / CONFIG}: model_type is {kind!r}, expected {BlockEmu3Config.model_type!r}")
-    config = BlockEmu3Config(**values)
-    for name, size in (
-        ("vocab_size", vocabulary.head_size),
-        ("codebook_size", vocabulary.codebook_size),
-        ("codes_per_block", vocabulary.codes_per_block),
-        ("num_places", vocabulary.num_places),
-    ):
+    if kind not in KINDS:
+        raise CheckpointError(f"{folder / CONFIG}: model_type is {kind!r}, expected {' or '.join(map(repr, KINDS))}")
+    config_class, model_class = KINDS[kind]
+    config = config_class(**values)
+    sizes = {"vocab_size": vocabulary.head_size}
+    if config_class is BlockEmu3Config:
+        sizes |= {name: getattr(vocabulary, name) for name in ("codebook_size", "codes_per_block", "num_places")}
+        config._attn_implementation = "eager"
+    for name, size in sizes.items():
         if getattr(config, name) != size:
             raise CheckpointError(f"{folder / CONFIG}: {name} is {getattr(config, name)}, but {VOCABULARY} needs {size}")
-    config._attn_implementation = "eager"
     files = WeightFiles.open(folder)
-    return build_decoder(BlockEmu3ForCausalLM, config, files, {name: name for name in files.tensors}, device=device, dtype=dtype)
+    return build_decoder(model_class, config, files, {name: name for name in files.tensors}, device=device, dtype=dtype)
+
+
+@contextlib.contextmanager
+def _written(folder: Path, policy: PolicySettings | None, provenance: dict[str, Any]) -> Iterator[Path]:
+    """A temporary folder to write the parts into, which becomes `folder` with their hashes when all of them are there."""
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already; nothing was overwritten")
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / MODEL).mkdir(parents=True)
+    yield temporary
+    files = {str(path.relative_to(temporary)): _sha256(path) for path in sorted(temporary.rglob("*")) if path.is_file()}
+    if policy is not None:
+        (temporary / POLICY).write_text(yaml.safe_dump({"format": FORMAT} | dataclasses.asdict(policy), sort_keys=False))
+    (temporary / PROVENANCE).write_text(json.dumps({"format": FORMAT} | provenance | {"files": files}, indent=1, default=str) + "\n")
+    os.rename(temporary, folder)
+
+
+def _write_model(folder: Path, config: Emu3TextConfig, weights: dict[str, torch.Tensor], vocabulary: Vocabulary) -> None:
+    config.save_pretrained(folder)
+    name_architecture(folder / CONFIG, KINDS[config.model_type][1], next(iter(weights.values())).dtype)
+    write_weights(folder, weights)
+    vocabulary.save(folder / VOCABULARY)
 
 
 def _check_files(folder: Path, provenance: dict[str, Any]) -> None:
@@ -202,22 +264,20 @@ def _check_files(folder: Path, provenance: dict[str, Any]) -> None:
 
 def _check_belonging(checkpoint: Checkpoint) -> None:
     """Sizes of the tokenizers against the vocabulary. The hashes say the same of a folder that `save` wrote; this says it by size."""
-    vocabulary, folder = checkpoint.vocabulary, checkpoint.folder
-    sizes = []
-    if checkpoint.vision_tokenizer is not None:
-        vision = checkpoint.vision_tokenizer
-        sizes.append((VISION, "codes", vision.codebook_size, vocabulary.codebook_size))
-        for grid in vocabulary.images:
-            sizes.append((VISION, f"grid of {grid.name}", vision.grid(grid.name), (grid.rows, grid.columns)))
-    if checkpoint.text_tokenizer is not None:
-        sizes.append((TEXT, "ids", checkpoint.text_tokenizer.vocab_size, vocabulary.text_size))
-    if checkpoint.action_tokenizer is not None:
-        sizes.append((ACTION, "ids", checkpoint.action_tokenizer.vocab_size, vocabulary.action_size))
-    if checkpoint.normalizer is not None and checkpoint.policy is not None:
-        sizes.append((NORMALIZER, "action dimensions", checkpoint.normalizer.action_dim, checkpoint.policy.action_dim))
-    for part, what, found, expected in sizes:
-        if found != expected:
-            raise CheckpointError(f"{folder / part} does not belong to this model: {what} {found}, the model's vocabulary has {expected}")
+    check_belonging(
+        checkpoint.folder,
+        vocab_size=checkpoint.vocabulary.size,
+        vocabulary=checkpoint.vocabulary,
+        vision=checkpoint.vision_tokenizer,
+        text=checkpoint.text_tokenizer,
+        action=checkpoint.action_tokenizer,
+    )
+    normalizer, policy = checkpoint.normalizer, checkpoint.policy
+    if normalizer is not None and policy is not None and normalizer.action_dim != policy.action_dim:
+        raise CheckpointError(
+            f"{checkpoint.folder / NORMALIZER} does not belong to this model: action dimensions {normalizer.action_dim}, "
+            f"{POLICY} has {policy.action_dim}"
+        )
 
 
 def _read_policy(path: Path) -> PolicySettings:
@@ -230,10 +290,10 @@ def _read_policy(path: Path) -> PolicySettings:
         raise CheckpointError(f"{path} cannot be used: {type(error).__name__}: {error}") from error
 
 
-def _name_architecture(path: Path, dtype: torch.dtype) -> None:
+def name_architecture(path: Path, kind: type, dtype: torch.dtype) -> None:
     """config.json as `PreTrainedModel.save_pretrained` would have it: a bare configuration does not know its model's class."""
     values = json.loads(path.read_text())
-    values |= {"architectures": [BlockEmu3ForCausalLM.__name__], "dtype": str(dtype).removeprefix("torch.")}
+    values |= {"architectures": [kind.__name__], "dtype": str(dtype).removeprefix("torch.")}
     path.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
 
 
