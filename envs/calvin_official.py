@@ -30,7 +30,6 @@ import numpy as np
 from gymnasium.error import ClosedEnvironmentError, ResetNeeded
 
 from envs.calvin import contract, scenes
-from envs.calvin.cameras import TINY_RENDERER
 from envs.calvin.contract import ACTION_SPACES, OBSERVE_MODES, check_action_in, check_seed, check_states, choose
 from envs.calvin.scenes import FETCHED_ASSETS, Camera, Scene, asset_folder, scene_named
 from envs.calvin.simulation import (
@@ -50,6 +49,7 @@ from envs.calvin.simulation import (
 from envs.spec import CONTROL_HZ, OBSERVATION, PHYSICS_HZ, RGB_GRIPPER, RGB_STATIC, ROBOT_OBS, SCENE_OBS, STATES
 
 PACKAGE = "calvin_env"
+RENDERER = "PyBullet TinyRenderer (CPU)"
 INSTALL = "pip install 'emu3-vla[calvin]'"
 
 MODULES = (
@@ -123,16 +123,15 @@ def official_assets(assets: str | Path | None, scene: Scene) -> Path:
 class OfficialCalvinEnv(gymnasium.Env):
     """One CALVIN scene in the original simulator.
 
-    scene: "A", "B", "C" or "D". assets: calvin_env's `data/` folder; None takes the one beside a package installed from a
-    checkout, or the fetched one.
-    observe: "always" puts both images into every observation, at the published loop's price; "on_demand" leaves them out until
-    `observe()` is called. action_space: "relative" Box(-1, 1, (7,)) in units of 0.02 m and 0.05 rad, added to a persistent target pose;
-    "absolute" (7,): position [m], Euler angles [rad], gripper; "joint" (8,): seven angles [rad], gripper (not in 1431a46). The gripper
-    is exactly +1 (open) or -1 (close). seed: of the first `reset()` that is given none.
+    scene: "A", "B", "C" or "D". assets: calvin_env's `data/` folder; None takes the one beside a package installed from a checkout, or the
+    fetched one. observe: "always" puts both images into every observation, at the published loop's price; "on_demand" leaves them out
+    until `observe()` is called. action_space: "relative" Box(-1, 1, (7,)) in units of 0.02 m and 0.05 rad, added to a persistent target
+    pose; "absolute" (7,): position [m], Euler angles [rad], gripper; "joint" (8,): seven angles [rad], gripper (not in 1431a46). The
+    gripper is exactly +1 (open) or -1 (close). seed: of the first `reset()` that is given none.
 
-    Of the original, and left as it is: a reset is not a new beginning. The first one in a process gives the states that CalvinEnv gives,
-    bit for bit. A later one inherits PyBullet's contact caches (blocks some 0.1 mm apart, a jammed arm up to 4 cm after 120 steps), the
-    last gripper action, and whether the button was pressed; so what an episode does depends on the episodes before it.
+    Of the original, and left as it is: a reset is not a new beginning. The first one of an environment gives the states that CalvinEnv
+    gives, bit for bit. A later one inherits PyBullet's contact caches (blocks some 0.1 mm apart, a jammed arm up to 4 cm after 120
+    steps), the last gripper action, and whether the button was pressed; so what an episode does depends on the episodes before it.
 
     Raises ImportError where calvin_env is not installed or cannot be imported, ValueError for an unknown option, FileNotFoundError for
     missing assets. After `close()` everything raises gymnasium.error.ClosedEnvironmentError, before the first reset ResetNeeded.
@@ -169,7 +168,7 @@ class OfficialCalvinEnv(gymnasium.Env):
     @property
     def renderer(self) -> str:
         """What draws the images, for results: without a window and without its EGL plugin PyBullet has one renderer."""
-        return TINY_RENDERER
+        return RENDERER
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
         """calvin_env's reset, which keeps traces of what went before (see the class).
@@ -281,7 +280,8 @@ def _imported() -> ModuleType:
             warnings.simplefilter("ignore")  # gym's about its age, and others that a user of ours can do nothing about
             return importlib.import_module(f"{PACKAGE}.envs.play_table_env")
     except ImportError as error:
-        raise ImportError(f"the package {PACKAGE} in {folder} cannot be imported: {error}; {INSTALL} brings what it needs") from error
+        helps = f"{INSTALL} brings what it needs, opencv-python-headless spares libGL"
+        raise ImportError(f"the package {PACKAGE} in {folder} cannot be imported: {error}; {helps}") from error
     finally:
         sys.excepthook = hook  # 1431a46 has Rich print every later traceback, local variables included
         if git_check is None:

@@ -88,6 +88,7 @@ def test_states_equal_ours_and_the_recorded_ones_at_every_step(name, reference, 
 def test_images_and_random_starts_are_those_of_ours(scene, make):
     theirs, ours = (make(kind, scene, observe="always", seed=3) for kind in (OfficialCalvinEnv, CalvinEnv))
     assert theirs.observation_space == ours.observation_space and theirs.action_space == ours.action_space
+    assert theirs.renderer == ours.renderer
     observations = [env.reset()[0] for env in (theirs, ours)]
     for step in range(3):
         assert all(theirs.observation_space.contains(observation) for observation in observations)
@@ -282,6 +283,18 @@ def test_an_incomplete_installation_is_named(tmp_path, monkeypatch):
     package_at(tmp_path, monkeypatch, ["__init__.py"])
     with pytest.raises(ImportError, match=r"incomplete: no camera/camera.py. Commit 1431a46 installs completely only from a checkout"):
         OfficialCalvinEnv()
+
+
+def test_a_dependency_that_is_missing_is_named(tmp_path, calvin_assets):
+    for name in ("__init__.py", *MODULES):
+        (tmp_path / "calvin_env" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "calvin_env" / name).touch()
+    (tmp_path / "calvin_env/envs/play_table_env.py").write_text("import no_such_dependency\n")
+    code = "import sys; from envs.calvin_official import OfficialCalvinEnv; OfficialCalvinEnv(assets=sys.argv[1])"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
+    done = subprocess.run([sys.executable, "-c", code, str(calvin_assets)], env=environment, capture_output=True, text=True, timeout=120)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"ImportError: the package calvin_env in {tmp_path}/calvin_env cannot be imported: No module named 'no_such_d")
 
 
 def test_other_code_than_the_two_commits_is_an_unknown_version(tmp_path, monkeypatch):
