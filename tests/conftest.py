@@ -1,5 +1,6 @@
 """Where the reference outputs of the original software are, for the tests that compare with them."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -19,6 +20,15 @@ def reference() -> Path:
 def calvin_assets(reference) -> Path:
     """calvin_env's own data folder."""
     return reference / "calvin_data" / "data"
+
+
+@pytest.fixture(scope="session")
+def qwen_file() -> Path:
+    """Qwen's BPE, which Emu3 uses: the file named by EMU3_VLA_QWEN, or the copy in the dashscope package (the extra `qwen`)."""
+    given, package = os.environ.get("EMU3_VLA_QWEN"), importlib.util.find_spec("dashscope")
+    if not given and package is None:
+        pytest.skip("Qwen's BPE is not at hand: pip install 'emu3-vla[qwen]', or name a qwen.tiktoken in EMU3_VLA_QWEN")
+    return Path(given) if given else Path(package.origin).parent / "resources" / "qwen.tiktoken"
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,16 @@
-"""Layout of documents: exact round trips, exact targets, exact masks."""
+"""Layout of documents over positions: the same ids, one position a block, exact targets."""
 
 import numpy as np
 import pytest
-from hypothesis import given
+from drawn import VOCABULARIES, documents
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emu3_vla.documents import (
     IGNORE,
     LENGTH_MULTIPLE,
     ActionChunk,
+    Begin,
     DocumentError,
     Image,
     Text,
@@ -17,8 +19,9 @@ from emu3_vla.documents import (
     lay_out,
     length_of,
     to_blocks,
+    write,
 )
-from emu3_vla.vocabulary import CompactVocabulary, ImageGrid
+from emu3_vla.vocabulary import CompactVocabulary, Emu3Vocabulary, ImageGrid
 
 V = CompactVocabulary(
     text_size=10,
@@ -54,6 +57,39 @@ def test_collate_pads_and_shifts():
     assert batch.block_at_N.tolist() == [4, 5, 6, 7, 9, 10, width + 3, width + 4]
     assert (batch.targets_BL[1, 3:] == IGNORE).all() and (batch.ids_BL[1, 5:] == V.pad).all()
     assert (batch.chunks, batch.positions) == (1, length_of(DOCUMENT, V) + length_of(short, V))
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES.values(), ids=VOCABULARIES)
+@given(data=st.data())
+@settings(deadline=None)
+def test_layout_holds_the_stream(vocabulary, data):
+    """Each block's codes put back where the block stands give the stream, and every target is the id after it."""
+    document = data.draw(documents(vocabulary))
+    layout, has_begin = lay_out(document, vocabulary), bool(document) and isinstance(document[0], Begin)
+    pieces = [[index] for index in layout.ids.tolist()]
+    for at, codes in zip(layout.block_at, layout.codes, strict=True):
+        assert pieces[at] == [vocabulary.pad]
+        pieces[at] = (codes + vocabulary.vision_start).tolist()
+    stream = write(document if has_begin else [Begin(), *document], vocabulary)
+    assert [index for piece in pieces for index in piece] == stream.tolist()
+    assert len(layout.ids) == len(layout.targets) == length_of(document, vocabulary)
+    targets = [*layout.ids[1:], IGNORE]
+    for at in layout.block_at:
+        targets[at - 1] = IGNORE
+    assert layout.targets.tolist() == targets
+    assert len(layout.block_at) == (
+        0 if vocabulary.vision_in_head else (stream >= vocabulary.vision_start).sum() / vocabulary.codes_per_block
+    )
+
+
+def test_emu3_images_with_blocks():
+    v, codes = Emu3Vocabulary(block_size=2), np.arange(8).reshape(2, 4)
+    layout = lay_out([Image("", codes)], v)
+    size = [17, v.times, 19, v.begin_codes]  # 2*4
+    assert layout.ids.tolist() == [v.bos, v.begin_image(), *size, v.pad, v.pad, v.end_of_line, v.end_of_frame, v.end_of_image]
+    assert layout.codes.tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    assert layout.places.tolist() == [0, 0]
+    assert max(layout.ids) < v.head_size == v.vision_start
 
 
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 2))
