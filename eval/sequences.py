@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from envs.calvin.layout import Layout, layout_of
 from envs.spec import OBSERVATION, ROBOT_OBS, SCENE_OBS
 from eval.official_chains import CODES
 
@@ -80,7 +81,6 @@ _NEUTRAL_ROBOT_OBS = (
     *(-1.21779124, 1.03987629, 2.11978254, -2.34205014, -0.87015899, 1.64119093, 0.55344928),
     1.0,
 )
-_SLIDE_LEFT_M = 0.28
 _DRAWER_OPEN_M = 0.22
 _SWITCH_ON_M = 0.088
 _BLOCK_IN_SLIDER_M = {
@@ -92,7 +92,8 @@ _BLOCK_ON_TABLE_M = (
     (2.29995412e-01, -1.19995140e-01, 4.59990010e-01),
 )
 _YAW_RANGE_RAD = (np.pi / 2 - np.pi / 8, np.pi / 2 + np.pi / 8)
-# scene_obs: three blocks from entry 6, six numbers each (position, Euler); in scene D red, blue, pink.
+_SPOTS_APART_M = 0.18
+# scene_obs: three blocks from entry 6, six numbers each (position, Euler), in the scene's order.
 _BLOCKS_AT = 6
 
 
@@ -143,26 +144,42 @@ def initial_state(condition: Condition, scene: str = "D") -> tuple[np.ndarray, n
     """The simulator state that a chain with `condition` begins in.
 
     Returns robot_obs float64 (15,) and scene_obs float64 (24,), laid out as envs.spec says; the arm is in CALVIN's neutral pose. The
-    blocks' yaw and which table spot each takes are drawn from a generator seeded by the condition alone.
-    Raises ValueError for a scene other than D: the protocol's cabinet and table spots are scene D's.
+    blocks' yaw and which table spot each takes are drawn from a generator seeded by the condition alone. CALVIN defines these states for
+    scene D; those of A, B and C are ours, drawn alike, on spots that lie to their fixtures as D's spots do to D's.
+    Raises ValueError for another scene.
     """
-    if scene != "D":
-        raise ValueError(f"no initial states for scene {scene!r}: the long-horizon protocol defines them for scene D (env.scene=D)")
+    layout = layout_of(scene)
     random = np.random.RandomState(initial_state_seed(condition))
-    spots = [np.array(spot) for spot in _BLOCK_ON_TABLE_M]
+    spots = [np.array(spot) for spot in (_BLOCK_ON_TABLE_M if scene == "D" else _table_spots(layout))]
     random.shuffle(spots)
     scene_obs = np.zeros(OBSERVATION[SCENE_OBS].shape)
-    scene_obs[0] = _SLIDE_LEFT_M * (condition["slider"] == "left")
+    scene_obs[0] = layout.slide_limit * (condition["slider"] == "left")
     scene_obs[1] = _DRAWER_OPEN_M * (condition["drawer"] == "open")
     scene_obs[3] = _SWITCH_ON_M * condition["lightbulb"]
     scene_obs[4], scene_obs[5] = condition["lightbulb"], condition["led"]
-    for slot, spot in enumerate(_block_spots(condition, spots)):
-        at = _BLOCKS_AT + 6 * slot
+    slots = list(layout.block_lengths)
+    # Yaws are drawn for red, blue, pink in turn, which is the order of D's blocks.
+    for colour, spot in zip(COLOURS, _block_spots(condition, spots, _slider_spots(layout)), strict=True):
+        at = _BLOCKS_AT + 6 * slots.index(colour)
         scene_obs[at : at + 3] = spot
         scene_obs[at + 5] = random.uniform(*_YAW_RANGE_RAD)
     robot_obs = np.array(_NEUTRAL_ROBOT_OBS)
     assert robot_obs.shape == OBSERVATION[ROBOT_OBS].shape
     return robot_obs, scene_obs
+
+
+def _table_spots(layout: Layout) -> list[tuple[float, float, float]]:
+    """Two spots as far apart as D's, about the middle of the table that is in reach and beside the button's ring; so are D's."""
+    middle = sum(layout.free_table_x()) / 2
+    _, y, z = _BLOCK_ON_TABLE_M[0]
+    return [(middle + side * _SPOTS_APART_M / 2, y, z) for side in (-1, 1)]
+
+
+def _slider_spots(layout: Layout) -> dict[str, tuple[float, float, float]]:
+    """The spots in the cabinet: as far from its left and its right end as D's."""
+    end_of_d = dict(zip(_BLOCK_IN_SLIDER_M, layout_of("D").cavity, strict=True))
+    end = dict(zip(_BLOCK_IN_SLIDER_M, layout.cavity, strict=True))
+    return {name: (x + (end[name] - end_of_d[name]), y, z) for name, (x, y, z) in _BLOCK_IN_SLIDER_M.items()}
 
 
 def initial_state_seed(condition: Condition) -> int:
@@ -173,13 +190,13 @@ def initial_state_seed(condition: Condition) -> int:
     return value
 
 
-def _block_spots(condition: Condition, table: list[np.ndarray]) -> Iterator[np.ndarray]:
+def _block_spots(condition: Condition, table: list[np.ndarray], slider: dict[str, tuple[float, float, float]]) -> Iterator[np.ndarray]:
     """Positions of red, blue, pink in turn. The first free table spot goes to red, else blue; pink always takes the second."""
     red_on_table = condition["red_block"] == "table"
     spot_of = {"red": table[0], "blue": table[1 if red_on_table else 0], "pink": table[1]}
     for colour in COLOURS:
         place = condition[f"{colour}_block"]
-        yield spot_of[colour] if place == "table" else np.array(_BLOCK_IN_SLIDER_M[place])
+        yield spot_of[colour] if place == "table" else np.array(slider[place])
 
 
 def _draw_chains(condition: Condition, number: int, seed: int) -> Iterator[tuple[str, ...]]:

@@ -34,7 +34,7 @@ CABINET_TOP, FOOT_Y, HEAD_Y = 0.809808, 0.025, 0.175  # the cabinet's front lean
 CAVITY_FLOOR, CAVITY_TOP, CAVITY_BACK = 0.525, 0.784808, 0.2
 CAVITY_LINTEL_Y = FOOT_Y + (CAVITY_TOP - TOP) * (HEAD_Y - FOOT_Y) / (CABINET_TOP - TOP)
 HOUSING_BOTTOM, HOUSING_Y, HOUSING_X = 0.375, 0.2, 0.5
-DRAWER_HALF, DRAWER_FLOOR, DRAWER_BACK = 0.25, 0.4, 0.075
+DRAWER_HALF, DRAWER_FLOOR, DRAWER_BACK, DRAWER_TRAVEL = 0.25, 0.4, 0.075, 0.275
 BUTTON_Y, RING_RADIUS, RING_TOP = -0.15, 0.05, 0.575
 LEGS = [(x, y) for x in (-0.55, 0.5) for y in (-0.225, 0.185)]
 PANEL = [(FOOT_Y, UNDERSIDE), (HALF_DEPTH, UNDERSIDE), (HALF_DEPTH, CABINET_TOP), (HEAD_Y, CABINET_TOP), (FOOT_Y, TOP)]
@@ -145,7 +145,7 @@ def _table_urdf(table: Table) -> str:
         "button": ((0, -1, 0), (0, 0.025, 0, 0)),
         "switch": ((0, 0, -1), (0, 0.11, 0, 0)),
         "slide": ((-1, 0, 0), (0, table.slide_limit, 0, 0)),
-        "drawer": ((0, 0, 1), (0, 0.275, 0, 0)),
+        "drawer": ((0, 0, 1), (0, DRAWER_TRAVEL, 0, 0)),
     }
     bodies = BODIES | {
         "slide": (1.54349139995684, (table.slide_centre, 0, 0.0204147302446787), SLIDE_INERTIA),

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from envs.calvin.layout import layout_of
 from eval import sequences
 
 
@@ -73,6 +74,31 @@ def test_numbers_outside_the_protocol_are_refused(number):
         sequences.long_horizon_sequences(number)
 
 
-def test_other_scenes_are_refused():
-    with pytest.raises(ValueError, match="scene 'A'"):
-        sequences.initial_state(sequences.long_horizon_sequences(1)[0][0], scene="A")
+@pytest.mark.parametrize("scene", ["A", "B", "C"])
+def test_states_of_other_scenes_lie_to_their_fixtures_as_those_of_d_do(scene):
+    layout = layout_of(scene)
+    slots = list(layout.block_lengths)
+    for condition in sequences.initial_conditions():
+        robot_obs, scene_obs = sequences.initial_state(condition, scene)
+        of_d = sequences.initial_state(condition)
+        np.testing.assert_array_equal(robot_obs, of_d[0])
+        np.testing.assert_array_equal(scene_obs[1:6], of_d[1][1:6])
+        assert scene_obs[0] == (layout.slide_limit if condition["slider"] == "left" else 0)
+        blocks, blocks_of_d = scene_obs[6:].reshape(3, 6), of_d[1][6:].reshape(3, 6)
+        for row, colour in enumerate(sequences.COLOURS):
+            x, y, _, _, _, yaw = blocks[slots.index(colour)]
+            place = condition[f"{colour}_block"]
+            assert yaw == blocks_of_d[row, 5] and y == pytest.approx(blocks_of_d[row, 1], abs=1e-5)
+            if place == "table":
+                gap = abs(x - layout.button[0]) - layout.ring_radius
+                assert gap > 0.12 and abs(x) < 0.24, "within reach, and room for a push of 0.1 m"
+            else:
+                left, right = layout.openings(0 if place == "slider_left" else layout.slide_limit)[place == "slider_right"]
+                assert left + 0.08 < x < right - 0.08
+        gaps = [np.hypot(*(a - b)[:2]) for a, b in zip(blocks, np.roll(blocks, 1, axis=0), strict=True)]
+        assert min(gaps) > 0.15
+
+
+def test_unknown_scenes_are_refused():
+    with pytest.raises(ValueError, match="unknown scene 'E'"):
+        sequences.initial_state(sequences.long_horizon_sequences(1)[0][0], scene="E")

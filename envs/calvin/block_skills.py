@@ -1,0 +1,331 @@
+"""How the scripted expert handles blocks: lift, push, rotate, stack, unstack, and put into drawer and cabinet.
+
+The oracle compares the moment a task begins with the present one, contacts included: a block that a finger still touches when the next
+task begins can make that one impossible. So pushes and rotations end with the block let go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import atan2, hypot
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from envs.calvin.expert_arm import (
+    CARRY_Z,
+    CLEAR_Z,
+    CLOSE,
+    DOWN,
+    OPEN,
+    PI,
+    Actions,
+    Arm,
+    Block,
+    Interrupted,
+    free_spot,
+    nearest_turn,
+)
+from envs.calvin.fixture_skills import FINGERS_HALF_M, FORWARD_Y, open_drawer, uncover
+from envs.calvin.layout import DRAWER_FLOOR_Z, SHELF_Z, TABLE_TOP_Z
+
+SHELF_TILT_RAD = -0.6
+MIDDLE_TILT_RAD = -0.3
+"""A tilted hand had better lean back from the cabinet."""
+LEVEL_RAD = 0.08
+TURN_RAD = 1.35
+RAISED_M = 0.008
+FINGER_HALF_M = 0.012
+PUSH_M = 0.1
+SURFACE_Z = {"table": TABLE_TOP_Z, "shelf": SHELF_Z, "drawer": DRAWER_FLOOR_Z, "floor": 0.0}
+
+
+# -- grasping
+
+
+def grasp(arm: Arm, color: str, *, turn: float = 0.0) -> Actions:
+    """Take hold of a block from above, across its short side. turn: how far the wrist will turn after it [rad].
+
+    Raises Interrupted if missed.
+    """
+    if arm.held() == color:
+        return
+    block = arm.block(color)
+    safe_z = max(CLEAR_Z, block.position[2] + 0.1)
+    yield from arm.grip(OPEN, 4)
+    yield from arm.up(safe_z)
+    yaw = grasp_yaw(block, arm.blocks(without=color), turn)
+    yield from arm.move([*block.position[:2], safe_z], [PI, 0, yaw], hold=4, provided=arm.lies_at(block, 0.03))
+    block = arm.block(color)
+    x, y, z = block.position
+    yield from arm.move(
+        [x, y, z + 0.002], [PI, 0, nearest_turn(block.yaw, yaw, PI / 2)], hold=6, tolerance_m=0.005, provided=arm.lies_at(block)
+    )
+    yield from arm.grip(CLOSE)
+    if arm.held() != color:
+        raise Interrupted
+
+
+def grasp_yaw(block: Block, others: Iterable[Block], turn: float = 0.0) -> float:
+    """Yaw of the hand for a grasp: fingers across a side that fits, free of neighbours, and near the middle of the wrist's range."""
+    fits = [block.yaw] if block.length > 0.06 else [block.yaw, block.yaw + PI / 2]
+    yaws = [nearest_turn(yaw, PI / 2 - turn / 2) for yaw in fits]
+
+    def badness(yaw: float) -> float:
+        across = yaw - PI / 2
+        opened = max(0.05, block.reach_along(across) + 0.02)
+        crowded = 0
+        for other in others:
+            for side in (1, -1):
+                x = block.position[0] + side * opened * np.cos(across)
+                y = block.position[1] + side * opened * np.sin(across)
+                if abs(other.position[2] - block.position[2]) < 0.035 and hypot(x - other.position[0], y - other.position[1]) < 0.035:
+                    crowded += 1
+        wide = block.length > 0.05 and abs(np.sin(yaw - block.yaw)) > 0.5
+        return 10 * crowded + 2 * wide + abs(yaw + turn / 2 - PI / 2)
+
+    return min(yaws, key=badness)
+
+
+def reach_for(arm: Arm, color: str) -> Actions:
+    """Take hold of a block wherever it lies: from above, or from the cabinet's shelf."""
+    if arm.held() == color:
+        return
+    block = arm.block(color)
+    if block.place == "floor":
+        yield from arm.wait(30)
+        raise Interrupted
+    if block.place == "shelf":
+        yield from grasp_on_shelf(arm, color)
+    else:
+        if block.place == "drawer":
+            yield from uncover_drawer(arm, color)
+        yield from grasp(arm, color)
+
+
+def grasp_on_shelf(arm: Arm, color: str) -> Actions:
+    """Take hold of a block in the cabinet, the hand tilted forward."""
+    yield from uncover(arm, arm.block(color).position[0])
+    block = arm.block(color)
+    (x, y, z), tilted = block.position, tilted_forward(SHELF_TILT_RAD, grasp_yaw(block, arm.blocks(without=color)))
+    yield from arm.grip(OPEN, 1)
+    yield from arm.up(CARRY_Z)
+    yield from arm.move([x, FORWARD_Y, CARRY_Z], DOWN)
+    yield from arm.move([x, y - 0.12, 0.58], tilted, provided=arm.lies_at(block))
+    yield from arm.move([x, y - 0.06, z + 0.06], tilted, hold=2, provided=arm.lies_at(block))
+    yield from arm.move([x, y - 0.005, z + 0.005], tilted, hold=12, tolerance_m=0.005, provided=arm.lies_at(block))
+    yield from arm.grip(CLOSE, 12)
+    if arm.held() != color:
+        raise Interrupted
+
+
+def tilted_forward(tilt: float, yaw: float) -> np.ndarray:
+    """Euler angles of a hand that points down with that yaw and is then tilted about the world's x axis: fingers forward, palm back."""
+    euler = (Rotation.from_euler("x", -tilt) * Rotation.from_euler("xyz", [PI, 0, yaw])).as_euler("xyz")
+    return euler if abs(euler[0]) > PI / 2 else np.array([euler[0] + PI, PI - euler[1], euler[2] + PI])
+
+
+def uncover_drawer(arm: Arm, color: str) -> Actions:
+    """Pull the drawer out where the block in it is still under the table's edge."""
+    if arm.block(color).position[1] > -0.205 and arm.drawer < arm.layout.drawer_limit - 0.01:
+        yield from open_drawer(arm)
+        yield from arm.up(CLEAR_Z)
+
+
+def lift(arm: Arm, color: str) -> Actions:
+    """Up from the table or out of the drawer."""
+    yield from reach_for(arm, color)
+    yield from arm.move([*arm.target[:2], 0.58], speed=0.6, hold=5, provided=arm.holds(color))
+
+
+def lift_from_shelf(arm: Arm, color: str) -> Actions:
+    """Up from the cabinet's shelf, towards its mouth."""
+    yield from reach_for(arm, color)
+    yield from arm.move([arm.target[0], arm.target[1] - 0.02, 0.54], speed=0.5, hold=8, provided=arm.holds(color))
+
+
+# -- moving on the table
+
+
+def push(arm: Arm, color: str, start: Block, right: bool) -> Actions:
+    """Push the block along x until it is PUSH_M from `start`, and let it slide out of touch at the end."""
+    side = 1 if right else -1
+    block = arm.block(color)
+    x, y, _ = block.position
+    touching = block.reach_along(0) + FINGER_HALF_M
+    left_to_go = max(PUSH_M - side * (x - start.position[0]), 0.02)
+    yield from arm.grip(CLOSE, 1)
+    yield from arm.up(0.54)
+    yield from arm.move([x - side * (touching + 0.03), y, 0.54], DOWN, hold=4)
+    block = arm.block(color)
+    x, y, _ = block.position
+    yield from arm.move([x - side * (touching + 0.03), y, 0.46], hold=4)
+    # At full speed the block slides on for a centimetre or two when the fingers stop, so it crosses the line untouched.
+    yield from arm.move([x + side * (left_to_go - touching), y, 0.46])
+    yield from arm.wait(8)
+    yield from arm.up(0.54)
+
+
+def rotate(arm: Arm, color: str, left: bool) -> Actions:
+    """Raise the block a little, turn it, and let it fall into place."""
+    turn = TURN_RAD if left else -TURN_RAD
+    yield from grasp(arm, color, turn=turn)
+    x, y, z = arm.target[:3]
+    yield from arm.move([x, y, z + RAISED_M], hold=2, provided=arm.holds(color))
+    yield from arm.move([x, y, z + RAISED_M], arm.target[3:] + [0, 0, turn], hold=3, provided=arm.holds(color))
+    yield from arm.grip(OPEN)
+    yield from arm.up(0.54)
+
+
+# -- putting down
+
+
+def level(arm: Arm, color: str, yaw: float) -> list[float]:
+    """Euler angles of the hand, its yaw given, that bring the held block's faces level.
+
+    A block that was taken with the hand tilted, or that has turned about the fingers, hangs tilted when the hand points straight down.
+    """
+    hand, block = (Rotation.from_euler("xyz", euler).as_matrix() for euler in (arm.tool[3:], arm.block_pose(color)[3:]))
+    axes = hand.T @ block  # the block's axes, as columns, in the hand's frame; the fingers close along its y
+    x, _, z = axes[:, np.argmin(np.abs(axes[1]))]
+    return [PI, nearest_turn(atan2(x, z), MIDDLE_TILT_RAD, PI / 2), yaw]
+
+
+def make_level(arm: Arm, color: str, yaw: float) -> Actions:
+    """Turn the hand until the held block is level: its tilt may have changed on the way."""
+    for _ in range(3):
+        euler = level(arm, color, yaw)
+        if abs(euler[1] - arm.target[4]) < LEVEL_RAD:
+            return
+        yield from arm.move(arm.target[:3], euler, hold=3, provided=arm.holds(color))
+
+
+def put_down(arm: Arm, color: str) -> Actions:
+    """Lay the held block on a free place of the table, level, and let go."""
+    low, high = arm.layout.free_table_x()
+    spots = [(x, y) for x in np.arange(low + 0.05, high - 0.04, 0.03) for y in (-0.12, -0.09, -0.15)]
+    x, y = free_spot(spots, arm.blocks(without=color), tuple(arm.target[:2]), clearance_m=0.11)
+    yield from arm.up(CARRY_Z)
+    yield from arm.move([x, y, CARRY_Z], level(arm, color, arm.target[5]), provided=arm.holds(color))
+    yield from _lower(arm, color, x, y, TABLE_TOP_Z)
+
+
+def _lower(arm: Arm, color: str, x: float, y: float, surface_z: float, above_m: float = 0.004) -> Actions:
+    """Bring the held block's centre over (x, y), its underside to a surface, and let go."""
+    block = arm.block(color)
+    dx, dy, dz = arm.tool[:3] - block.position
+    z = surface_z + block.height / 2 + above_m + dz
+    yield from arm.move([x + dx, y + dy, z], hold=4, speed=0.6, tolerance_m=0.004, provided=arm.holds(color))
+    yield from arm.grip(OPEN)
+    yield from arm.up(CLEAR_Z)
+
+
+def place_in_drawer(arm: Arm, color: str) -> Actions:
+    """Carry a block into the open drawer, to a free place of it."""
+    yield from reach_for(arm, color)
+    yield from arm.up(CARRY_Z)
+    (left, right), (front, back) = arm.layout.drawer_inside(arm.drawer)
+    margin = FINGERS_HALF_M + 0.005
+    xs = np.linspace(left + margin, right - margin, 9)
+    spots = [(x, y) for x in xs for y in _inset(front, back, 0.045)]
+    others = [other for other in arm.blocks(without=color, place="drawer")]
+    x, y = free_spot(spots, others, (arm.layout.drawer_x, (front + back) / 2), clearance_m=0.10)
+    yield from arm.move([x, y, CARRY_Z], level(arm, color, PI / 2), provided=arm.holds(color))
+    yield from arm.move([x, y, 0.42], provided=arm.holds(color))
+    yield from _lower(arm, color, x, y, DRAWER_FLOOR_Z, above_m=0.015)
+
+
+def _inset(low: float, high: float, margin: float) -> list[float]:
+    """Three places between two walls, each `margin` from them; the middle where there is no room."""
+    if high - low < 2 * margin:
+        return [(low + high) / 2]
+    return [(low + high) / 2, low + margin, high - margin]
+
+
+def place_in_slider(arm: Arm, color: str) -> Actions:
+    """Carry a block through the cabinet's open half to a free place on the shelf."""
+    if arm.held() != color:
+        yield from reach_for(arm, color)
+    left, right = arm.layout.opening(arm.slide)
+    xs = np.arange(left + FINGERS_HALF_M, right - FINGERS_HALF_M + 0.005, 0.01)
+    spots = [(x, 0.09) for x in xs] or [((left + right) / 2, 0.09)]
+    others = arm.blocks(without=color, place="shelf")
+    x, _ = free_spot(spots, others, ((left + right) / 2, 0.09), clearance_m=0.10)
+    tilted = [PI, SHELF_TILT_RAD, PI / 2]
+    holds = arm.holds(color)
+    yield from arm.up(CARRY_Z)
+    yield from arm.move([x, -0.10, 0.58], provided=holds)
+    yield from arm.move([x, -0.02, 0.56], tilted, provided=holds)
+    yield from arm.move([x, 0.07, 0.50], tilted, provided=holds)
+    yield from arm.move([x, 0.085, 0.472], tilted, hold=3, provided=holds)
+    yield from arm.grip(OPEN, 12)
+    yield from arm.move([x, 0.0, 0.53], tilted, hold=4)
+    yield from arm.move([x, FORWARD_Y, 0.58], tilted, hold=8)
+
+
+def stack(arm: Arm, color: str) -> Actions:
+    """Set a block on another that lies free."""
+    yield from reach_for(arm, color)
+    base = stack_base(arm, color)
+    yield from arm.up(CARRY_Z + 0.02)
+    x, y, z = base.position
+    yaw = nearest_turn(base.yaw, PI / 2)
+    holds = arm.holds(color)
+    yield from arm.move([x, y, CARRY_Z + 0.02], level(arm, color, yaw), hold=4, provided=holds)
+    yield from make_level(arm, color, yaw)
+    base = arm.block(base.color)
+    block = arm.block(color)
+    dx, dy, dz = arm.tool[:3] - block.position
+    x, y, z = base.position
+    z += base.height / 2 + block.height / 2
+    yield from arm.move([x + dx, y + dy, z + dz + 0.003], hold=6, speed=0.5, tolerance_m=0.003, provided=holds)
+    yield from arm.grip(OPEN, 14)
+    yield from arm.move([*arm.target[:2], CARRY_Z + 0.02], hold=20)
+    yield from arm.wait(8)
+
+
+def stack_base(arm: Arm, color: str) -> Block:
+    """The block to stack on: lying on the table if there is one, else wherever there is one with nothing on top."""
+    others = [block for block in arm.blocks(without=color) if block.place != "floor"]
+    if not others:
+        raise Interrupted
+    return min(others, key=lambda block: (block.place != "table", block.place != "drawer", abs(block.position[0] - 0.1)))
+
+
+def unstack(arm: Arm) -> Actions:
+    """Take the top block off, and lay it on the table."""
+    color = top_block(arm)
+    yield from reach_for(arm, color)
+    yield from arm.up(CARRY_Z + 0.02)
+    yield from put_down(arm, color)
+
+
+def top_block(arm: Arm) -> str:
+    """The block that lies on another; where there is none, the highest."""
+    resting = [block for block in arm.blocks() if is_on_another(arm, block)]
+    return max(resting or arm.blocks(), key=lambda block: block.position[2]).color
+
+
+def is_on_another(arm: Arm, block: Block) -> bool:
+    """Whether another block is right below this one."""
+    return any(
+        0.03 < block.position[2] - other.position[2] < 0.075
+        and hypot(*(block.position - other.position)[:2]) < (block.length + other.length) / 2
+        for other in arm.blocks(without=block.color)
+    )
+
+
+def block_to_carry(arm: Arm, place: str = "") -> str:
+    """The held block, else the one to take up: on the table rather than elsewhere, not in `place`, the nearest of those."""
+    held = arm.held()
+    if held:
+        return held
+    blocks = [block for block in arm.blocks() if block.place != "floor"]
+    if not blocks:
+        raise Interrupted
+    return min(blocks, key=lambda block: (block.place == place, block.place != "table", arm.distance_to(block))).color
+
+
+def lifted_m(arm: Arm, block: Block) -> float:
+    """How high the block's underside is above what it would lie on [m]: the shelf, the drawer or the table."""
+    return block.position[2] - block.height / 2 - SURFACE_Z[block.place]

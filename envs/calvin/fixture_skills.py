@@ -1,0 +1,92 @@
+"""How the scripted expert works the table: button, switch, drawer and sliding door.
+
+Each skill is a generator of actions, begun with the arm somewhere in free space; what it leaves undone, the next attempt does.
+"""
+
+from __future__ import annotations
+
+from envs.calvin.expert_arm import CLEAR_Z, CLOSE, DOWN, PI, Actions, Arm
+
+FORWARD_Y = -0.12
+"""y at which the hand is clear of the cabinet at any height."""
+
+
+def press_button(arm: Arm) -> Actions:
+    """Down on the button with closed fingers, and up again; each press toggles."""
+    x, y = arm.layout.button
+    yield from arm.grip(CLOSE, 1)
+    yield from arm.up(0.53)
+    yield from arm.move([x, y, 0.53], DOWN, hold=4)
+    yield from arm.move([x, y, 0.452], hold=4)
+    yield from arm.move([x, y, 0.53], hold=6)
+
+
+def switch_on(arm: Arm) -> Actions:
+    """Closed fingers, tilted forward, under the lever; then up along its slope."""
+    x, tilted = arm.layout.switch_x, [PI, -0.55, PI / 2]
+    yield from arm.grip(CLOSE, 1)
+    yield from arm.up(0.55)
+    yield from arm.move([x, -0.15, 0.55], tilted, hold=4)
+    yield from arm.move([x, FORWARD_Y, 0.47], tilted, hold=4)
+    yield from arm.move([x, 0.015, 0.475], tilted, hold=4)
+    yield from arm.move([x, 0.075, 0.60], tilted, speed=0.4, hold=10)
+
+
+def switch_off(arm: Arm) -> Actions:
+    """Closed fingers, tilted forward, over the lever; then down along its slope."""
+    x, tilted = arm.layout.switch_x, [PI, -0.9, PI / 2]
+    yield from arm.grip(CLOSE, 1)
+    yield from arm.up(0.60)
+    yield from arm.move([x, FORWARD_Y, 0.64], tilted)
+    yield from arm.move([x, 0.0, 0.66], tilted, hold=2)
+    yield from arm.move([x, 0.095, 0.655], tilted, hold=4)
+    yield from arm.move([x, 0.035, 0.54], tilted, speed=0.4, hold=8)
+
+
+def open_drawer(arm: Arm) -> Actions:
+    """Closed fingers into the handle from above, and back towards the robot."""
+    x, y = arm.layout.drawer_x, arm.layout.drawer_handle_y(arm.drawer)
+    yield from _into_drawer_handle(arm, x, y)
+    yield from arm.move([x, y - (arm.layout.drawer_limit - arm.drawer), 0.36], speed=0.6, hold=3)
+
+
+def close_drawer(arm: Arm) -> Actions:
+    """Closed fingers into the handle from above, and forward until the front meets the table."""
+    x, y = arm.layout.drawer_x, arm.layout.drawer_handle_y(arm.drawer)
+    yield from _into_drawer_handle(arm, x, y)
+    yield from arm.move([x, arm.layout.drawer_handle_y(0) + 0.02, 0.36], speed=0.6, hold=4)
+
+
+def _into_drawer_handle(arm: Arm, x: float, y: float) -> Actions:
+    yield from arm.grip(CLOSE, 1)
+    yield from arm.up(0.5)
+    yield from arm.move([x, y, 0.50], DOWN, hold=3)
+    yield from arm.move([x, y, 0.36], hold=3)
+
+
+def move_slider(arm: Arm, left: bool) -> Actions:
+    """Closed fingers beside the door's handle, and push it to its limit."""
+    layout, side = arm.layout, 1 if left else -1
+    handle = layout.slide_handle_x - arm.slide
+    goal = layout.slide_handle_x - (layout.slide_limit if left else 0)
+    yield from arm.grip(CLOSE, 1)
+    yield from arm.up(CLEAR_Z)
+    yield from arm.move([handle + side * 0.085, -0.06, CLEAR_Z], DOWN)
+    yield from arm.move([handle + side * 0.085, -0.03, 0.53], hold=2)
+    yield from arm.move([goal - side * 0.04, -0.03, 0.53], speed=0.6, hold=4)
+
+
+def uncover(arm: Arm, x: float) -> Actions:
+    """Slide the door away from x, if it is in front of it or near."""
+    layout = arm.layout
+    left, right = layout.door[0] - arm.slide, layout.door[1] - arm.slide
+    if not left - FINGERS_HALF_M < x < right + FINGERS_HALF_M:
+        return
+    to_left = x > (layout.cavity[0] + layout.cavity[1]) / 2 + 0.02
+    yield from move_slider(arm, left=to_left)
+    yield from arm.move([arm.target[0], -0.10, max(arm.target[2], 0.54)])
+    yield from arm.up(0.58)
+
+
+FINGERS_HALF_M = 0.055
+"""Half the width of the open fingers, with room for them."""
