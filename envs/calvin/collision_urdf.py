@@ -1,8 +1,7 @@
 """Robot and table descriptions without what is only seen: a reset loads them again, and most of that time is reading meshes.
 
-A copy is written once per process. It gives the same physics to the last bit: the corners of every convex mesh stay the same, in the same
-order and as often as before, because Bullet's convex hulls depend on all three. Only what Bullet does not read goes: normals, texture
-coordinates, unused corners, and digits that a 32-bit float has no room for. A mesh that is not simple enough to be certain stays as it is.
+A copy is written once per process. It gives the same physics to the last bit: visual meshes go, normals, texture coordinates, needless
+repeats of corners (see `hulls`), and digits that a 32-bit float has no room for. A mesh whose hulls would not be the same stays as it is.
 """
 
 from __future__ import annotations
@@ -12,35 +11,39 @@ import functools
 import shutil
 import tempfile
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from envs.calvin.hulls import HullBuilder, fewest_corners
+
 SPECK = '<visual><geometry><box size="0.001 0.001 0.001"/></geometry></visual>'
 """PyBullet prepares a link's collision meshes for drawing where it has nothing else to draw."""
-IGNORED = ("vn", "vt", "s", "mtllib", "usemtl")
-"""Lines of an OBJ file that say nothing about where the corners are. (A material ends no object in PyBullet's reader.)"""
 
 
 @functools.cache
-def collision_urdf(path: str) -> str:
-    """Path of a copy of the URDF at `path` that has no visual shapes and compact collision meshes.
+def collision_urdf(path: str, scaling: float = 1.0) -> str:
+    """Path of a copy of the URDF at `path` that is quick to load with `globalScaling=scaling`, and has nothing to be seen.
 
     Raises FileNotFoundError for a mesh that is missing.
     """
     tree = ET.parse(path)
     folder = Path(tempfile.mkdtemp(prefix="emu3_vla_collision_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    for link in tree.getroot().iter("link"):
-        for visual in link.findall("visual"):
-            link.remove(visual)
-        if link.find("collision") is not None:
-            link.append(ET.fromstring(SPECK))
-        for collision in link.findall("collision"):
-            for mesh in collision.iter("mesh"):
-                file = _mesh_file(Path(path), mesh.attrib["filename"])
-                convex = "concave" not in collision.attrib
-                mesh.set("filename", str(_compact_copy(file, folder) if convex and file.suffix.lower() == ".obj" else file))
+    with HullBuilder() as builder:
+        for link in tree.getroot().iter("link"):
+            for visual in link.findall("visual"):
+                link.remove(visual)
+            collisions = link.findall("collision")
+            for collision in collisions:
+                for mesh in collision.iter("mesh"):
+                    file = _mesh_file(Path(path), mesh.attrib["filename"])
+                    if "concave" not in collision.attrib and file.suffix.lower() == ".obj":
+                        file = _quick_copy(file, folder, builder, mesh.get("scale", "1 1 1"), scaling)
+                    mesh.set("filename", str(file))
+            if collisions:
+                link.append(ET.fromstring(SPECK))
     copy = folder / Path(path).name
     tree.write(copy)
     return str(copy)
@@ -52,43 +55,54 @@ def _mesh_file(urdf: Path, name: str) -> Path:
     for folder in urdf.resolve().parents:
         if (folder / relative).is_file():
             return folder / relative
-    raise FileNotFoundError(
-        f"{urdf} needs the mesh {name}, which is in no folder from {urdf.resolve().parent} upwards; are the assets complete?"
-    )
+    raise FileNotFoundError(f"{urdf} needs the mesh {name}, which is in no folder from there upwards; are the assets complete?")
 
 
-def _compact_copy(file: Path, folder: Path) -> Path:
-    text = compact_obj(file.read_text())
-    if text is None:
+def _quick_copy(file: Path, folder: Path, builder: HullBuilder, scale: str, scaling: float) -> Path:
+    """A copy with the very same hulls, with as few corners as they take; the file itself where it has more than triangles."""
+    text = file.read_text()
+    objects = triangle_corners(text)
+    if objects is None:
         return file
-    copy = folder / f"{len(list(folder.iterdir()))}_{file.name}"
-    copy.write_text(text)
-    return copy
+    factors = [float(factor) * scaling for factor in scale.split()]
+    wanted = builder.hulls(text, scale, scaling)
+    for corners in ([fewest_corners(corners, factors) for corners in objects], objects):
+        short = obj(corners)
+        if builder.hulls(short, scale, scaling) == wanted:
+            copy = folder / f"{builder.built}_{file.name}"
+            copy.write_text(short)
+            return copy
+    return file
 
 
-def compact_obj(text: str) -> str | None:
-    """An OBJ text of the same triangles in the same order, as short as can be; None for one with anything but triangles."""
-    corners: list[str] = []
-    numbers: dict[str, int] = {}
-    lines: list[str] = []
+def triangle_corners(text: str) -> list[list[str]] | None:
+    """Per object of an OBJ text the corners "x y z" of its triangles; None where a face is no triangle of positive indices."""
+    vertices: list[str] = []
+    objects: list[list[str]] = [[]]
     for line in text.splitlines():
         kind, *values = line.split() or ["#"]
         if kind == "v":
-            corners.append(" ".join(_shortest(value) for value in values[:3]))
+            vertices.append(" ".join(map(_shortest, values[:3])))
         elif kind == "f":
             indices = [int(value.split("/")[0]) for value in values]
-            if len(indices) != 3 or not all(0 < index <= len(corners) for index in indices):
+            if len(indices) != 3 or not all(0 < index <= len(vertices) for index in indices):
                 return None
-            lines.append("f " + " ".join(str(numbers.setdefault(corners[index - 1], len(numbers) + 1)) for index in indices))
+            objects[-1] += [vertices[index - 1] for index in indices]
         elif kind in ("o", "g"):
-            lines.append(f"o {len(lines)}")
-        elif kind not in IGNORED and not kind.startswith("#"):
-            return None
+            objects.append([])
+    return [corners for corners in objects if corners]
+
+
+def obj(objects: Sequence[Sequence[str]]) -> str:
+    """An OBJ text with one object per list of corners, three to a triangle."""
+    numbers: dict[str, int] = {}
+    lines = []
+    for index, corners in enumerate(objects):
+        indices = [str(numbers.setdefault(corner, len(numbers) + 1)) for corner in corners]
+        lines += [f"o {index}", *(f"f {' '.join(indices[i : i + 3])}" for i in range(0, len(indices), 3))]
     return "\n".join([*(f"v {corner}" for corner in numbers), *lines]) + "\n"
 
 
 def _shortest(value: str) -> str:
-    """The fewest digits that a reader of 32-bit floats takes for the same number (it reads 64 bits, then rounds)."""
-    single = np.float32(float(value))
-    short = np.format_float_positional(single, unique=True, trim="-")
-    return short if np.float32(float(short)) == single else value
+    """The fewest digits of the 32-bit float that PyBullet reads there."""
+    return str(np.float32(float(value)))

@@ -19,7 +19,6 @@ from envs.calvin.collision_urdf import collision_urdf
 from envs.calvin.randomization import Look
 from envs.calvin.robot_urdf import robot_urdf
 from envs.calvin.scenes import Scene
-from envs.calvin.stage import add_pedestal
 from envs.spec import MAX_RELATIVE_POSITION_M, MAX_RELATIVE_ROTATION_RAD, PHYSICS_HZ
 
 ARM_JOINTS = range(7)
@@ -66,16 +65,14 @@ class Simulation:
         # Blocks are born at random poses; where leaves a trace in the contact order, so it is calvin_env's own seed, always.
         rng = np.random.default_rng(LOADING_SEED)
         client = {"physicsClientId": self.client}
-        pb.resetSimulation(**client)
-        pb.setPhysicsEngineParameter(deterministicOverlappingPairs=1, **client)
         pb.setTimeStep(1.0 / PHYSICS_HZ, **client)
-        pb.resetSimulation(**client)
+        pb.resetSimulation(**client)  # calvin_env's other engine parameters do not outlive the reset that follows them, so they are not set
         pb.setGravity(0, 0, -9.8, **client)
         self._load_robot()
         self.blocks = {}
         for name, urdf in self.scene.blocks.items():
             position, orientation = self.sample_block_pose(rng)
-            self.blocks[name] = self._urdf(urdf, position, orientation, globalScaling=scenes.GLOBAL_SCALING)
+            self.blocks[name] = self._urdf(urdf, position, orientation, scenes.GLOBAL_SCALING)
         self._load_table()
         self.plane = self._urdf(scenes.PLANE_URDF)
         self.body_names = {self.robot: "robot", self.pedestal: "pedestal", self.table: "table", self.plane: "plane"} | {
@@ -87,13 +84,13 @@ class Simulation:
         self.lights = dict.fromkeys(scenes.LIGHT_LINKS, 0)
         self.used = False
 
-    def _urdf(self, name: str, position=(0, 0, 0), orientation=(0, 0, 0, 1), **options) -> int:
-        path = collision_urdf(robot_urdf(self.folder, name))  # what is only seen is on the cameras' stage
-        return pb.loadURDF(path, position, orientation, physicsClientId=self.client, **options)
+    def _urdf(self, name: str, position=(0, 0, 0), orientation=(0, 0, 0, 1), scaling: float = 1.0, fixed: bool = False) -> int:
+        path = collision_urdf(robot_urdf(self.folder, name), scaling)  # what is only seen is on the cameras' stage
+        return pb.loadURDF(path, position, orientation, globalScaling=scaling, useFixedBase=fixed, physicsClientId=self.client)
 
     def _load_robot(self) -> None:
-        self.robot = self._urdf(scenes.ROBOT_URDF, scenes.ROBOT_BASE_POSITION, useFixedBase=True)
-        self.pedestal = add_pedestal(self.client)
+        self.robot = self._urdf(scenes.ROBOT_URDF, scenes.ROBOT_BASE_POSITION, fixed=True)
+        self.pedestal = pb.createMultiBody(physicsClientId=self.client)  # to be seen only, but it has a number
         gear = pb.createConstraint(
             self.robot,
             FINGER_JOINTS[0],
@@ -109,7 +106,7 @@ class Simulation:
         self.reset_robot(np.array(scenes.NEUTRAL_JOINTS_RAD), 2 * FINGER_OPEN_M)
 
     def _load_table(self) -> None:
-        self.table = self._urdf(self.scene.table_urdf, globalScaling=scenes.GLOBAL_SCALING)
+        self.table = self._urdf(self.scene.table_urdf, scaling=scenes.GLOBAL_SCALING)
         joints = range(pb.getNumJoints(self.table, physicsClientId=self.client))
         infos = [pb.getJointInfo(self.table, joint, physicsClientId=self.client) for joint in joints]
         self.table_joints = {info[1].decode(): info[0] for info in infos}

@@ -82,12 +82,13 @@ class Stage:
             self._connect()
         simulation = self.simulation
         robot = self._urdf(robot_urdf(simulation.folder, scenes.ROBOT_URDF), basePosition=scenes.ROBOT_BASE_POSITION, useFixedBase=True)
-        pedestal = add_pedestal(self.client)
+        pedestal = _add_pedestal(self.client)
         files = simulation.scene.blocks.values()
         blocks = [self._urdf(simulation.folder / file, globalScaling=scenes.GLOBAL_SCALING) for file in files]
         table = self._urdf(simulation.folder / simulation.scene.table_urdf, globalScaling=scenes.GLOBAL_SCALING)
         plane = self._urdf(simulation.folder / scenes.PLANE_URDF)
-        assert [robot, pedestal, *blocks, table, plane] == sorted(simulation.body_names), "bodies are numbered otherwise than simulated ones"
+        bodies = [robot, pedestal, *blocks, table, plane]
+        assert bodies == sorted(simulation.body_names), f"bodies are numbered {bodies}, and {list(simulation.body_names)} where they move"
         shapes = [shape for uid in simulation.body_names for shape in pb.getVisualShapeData(uid, physicsClientId=self.client)]
         self.shapes: list[tuple] = shapes
         self._made: dict[Part, Rgba] = {(shape[0], shape[1]): shape[7] for shape in shapes}
@@ -164,7 +165,7 @@ class Stage:
         return shapes
 
 
-def add_pedestal(client: int) -> int:
+def _add_pedestal(client: int) -> int:
     """The white cylinder that the robot stands on; it is seen, but touches nothing."""
     x, y, height = scenes.ROBOT_BASE_POSITION
     cylinder = pb.createVisualShape(
