@@ -173,13 +173,15 @@ class Emu3Pictures:
         """Two sizes, or three, and the id after them."""
         vocabulary, sizes = self._vocabulary, []
         while True:
+            first_digit = reader.at
             sizes.append(self._read_number(reader))
+            digits = reader.at - first_digit
             if reader.next == vocabulary.begin_codes and len(sizes) > 1:
                 reader.at += 1
                 return sizes
             if reader.next != vocabulary.times or len(sizes) == 3:
-                options = ["a further digit", *(["'*'"] if len(sizes) < 3 else []), *(["<begin codes>"] if len(sizes) > 1 else [])]
-                reader.fail(reader.at, f"{' or '.join(options)} in the size of a picture")
+                may_be = {"a digit": digits < MAX_DIGITS, "'*'": len(sizes) < 3, "<begin codes>": len(sizes) > 1}
+                reader.fail(reader.at, f"{' or '.join(what for what, may in may_be.items() if may)} in the size of a picture")
             reader.at += 1
 
     def _read_number(self, reader: Reader) -> int:
