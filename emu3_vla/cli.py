@@ -34,8 +34,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("emu3_vla.training.loop:TrainConfig", "next-token prediction on a token store"),
     "eval": ("eval.run:EvalConfig", "score a policy on CALVIN's long-horizon chains"),
     "rollout": ("eval.rollout:RolloutConfig", "one chain, with video and a Rerun recording"),
+    "export": ("emu3_vla.export:ExportConfig", "write a checkpoint in Transformers' or Llama's layout, for other programs"),
     "doctor": ("emu3_vla.commands.doctor:DoctorConfig", "check this installation; --fetch-assets downloads calvin_env's assets"),
 }
+
+
+POSITIONAL = {"doctor": "checkpoint"}
+"""Commands whose first argument may be a bare value, and the option that it is."""
 
 
 class UsageError(ValueError):
@@ -84,6 +89,8 @@ def compose(command: str, overrides: list[str]) -> Any:
 
     target = _target(command)
     defaults = _defaults(target)
+    if overrides and command in POSITIONAL and "=" not in overrides[0] and not overrides[0].startswith("--"):
+        overrides = [f"{POSITIONAL[command]}={overrides[0]}", *overrides[1:]]
     preset, overrides = _take_preset(command, [_as_override(argument) for argument in overrides])
     known = _flatten(defaults)
     for override in overrides:

@@ -3,6 +3,7 @@
     emu3-vla doctor
     emu3-vla doctor assets=path/to/calvin_env/data       # calvin_env's assets too: their files, states and looks
     emu3-vla doctor --fetch-assets                       # download those assets, then use env.assets=calvin_env
+    emu3-vla doctor path/to/checkpoint                   # what a checkpoint is, of any layout, and what it lacks; nothing else is checked
 
 Prints a line for each check and leaves doctor.json. The exit code is 1 where a problem was found, else 0. Works also where torch or
 PyBullet do not: each group of checks runs in a process of its own.
@@ -36,6 +37,7 @@ class DoctorConfig:
     assets: str = ""  # calvin_env's data/ folder to check as well, or calvin_env: the one that was fetched
     policy: str = ""  # checkpoint to try, a name or a folder; empty: the shipped one
     checks: tuple[str, ...] = ()  # groups to run: installation, simulator, egl, model, assets; empty: all, the last where assets= is given
+    checkpoint: str = ""  # folder or Hugging Face name to describe instead, from its headers alone
     fetch_assets: bool | str = False  # download calvin_env's assets and check nothing: true, or the folder where to
     fetch_url: str = ""  # a .tar.gz of calvin_env (https://, http:// or file://); empty: GitHub's, at the pinned commit
     output_dir: str = ""
@@ -65,6 +67,9 @@ def main(config: DoctorConfig) -> None:
     if config.fetch_assets:
         _write(folder, fetch_assets(config))
         return
+    if config.checkpoint:
+        describe_checkpoint(config.checkpoint, folder)
+        return
     began, findings = time.perf_counter(), []
     options = {"output_dir": str(folder), "assets": config.assets, "policy": config.policy}
     for group in config.groups:
@@ -76,6 +81,17 @@ def main(config: DoctorConfig) -> None:
     _write(folder, counts | {"seconds": seconds, "findings": [asdict(finding) for finding in findings]})
     print(f"{_counted(counts[PROBLEM], PROBLEM)}, {_counted(counts[WARNING], WARNING)} in {seconds:.0f} s; figures: {folder / REPORT_FILE}")
     if counts[PROBLEM]:
+        raise SystemExit(1)
+
+
+def describe_checkpoint(path: str, folder: Path) -> None:
+    """Print what a checkpoint is; exits with 1 where a part is missing or does not fit. Raises what emu3_vla.describe.describe raises."""
+    from emu3_vla.describe import describe, lines  # here, because the other checks work without torch
+
+    description = describe(path)
+    print("\n".join(lines(description)))
+    _write(folder, description)
+    if description["missing"] or description["mismatched"]:
         raise SystemExit(1)
 
 
