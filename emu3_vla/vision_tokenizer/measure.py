@@ -98,7 +98,7 @@ def figures(tokenizer: VisionTokenizer, frames: Frames, medians: torch.Tensor, d
 
 def save_pictures(tokenizer: VisionTokenizer, frames: Frames, path: Path) -> None:
     """Write a PNG of some frames, evenly chosen: originals in the upper row, reconstructions below."""
-    made = reconstruct(tokenizer, frames, _evenly(len(frames), PICTURES))
+    made = reconstruct(tokenizer, frames, evenly(len(frames), PICTURES))
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture_rows(frames.pixels(made.rows), made.decoded)).save(path)
 
@@ -108,5 +108,6 @@ def picture_rows(*rows: torch.Tensor) -> np.ndarray:
     return np.concatenate([np.concatenate(list(to_images(row)), axis=1) for row in rows])
 
 
-def _evenly(length: int, count: int) -> torch.Tensor:
+def evenly(length: int, count: int) -> torch.Tensor:
+    """At most `count` of the numbers below `length`, first and last among them: int64."""
     return torch.from_numpy(np.linspace(0, length - 1, min(count, length)).round().astype(int))

@@ -266,7 +266,8 @@ def _step(
     losses = _reconstruction(learner, pairs, parts, config)
     reconstruction = sum(losses.values())
     loss = reconstruction + config.loss.commitment * quantised.commitment + config.loss.codebook * quantised.codebook
-    figures = losses | {"commitment": quantised.commitment, "codebook": quantised.codebook}
+    figures = {name: value * len(frames) if name.startswith("loss_") else value for name, value in losses.items()}  # of one camera alone
+    figures |= {"commitment": quantised.commitment, "codebook": quantised.codebook}
     judged = learner.adversary is not None and step >= config.discriminator.begin
     if judged:
         learner.adversary.requires_grad_(False)
