@@ -27,6 +27,8 @@ from envs.spec import (
 OBSERVE_MODES = ("always", "on_demand")
 ACTION_SPACES = ("relative", "absolute", "joint")
 LIGHTS = slice(4, 6)
+LARGEST = 1e3
+"""No state or goal has an entry beyond this (metres, radians). PyBullet never comes back from numbers near the largest float."""
 ACTION_SIZES = {"relative": 7, "absolute": 7, "joint": 8}
 
 
@@ -82,6 +84,8 @@ def check_action_in(mode: str, action: Any) -> np.ndarray:
     if mode == "relative":
         return check_action(action)
     array = real_array(action, (ACTION_SIZES[mode],))
+    if np.abs(array).max() > LARGEST:
+        raise InvalidAction(f"action {array.tolist()} has an entry beyond {LARGEST:g}; expected metres and radians")
     if array[-1] not in (GRIPPER_CLOSE, GRIPPER_OPEN):
         raise InvalidAction(f"gripper command is {array[-1]}, expected exactly -1 (close) or +1 (open)")
     return array
@@ -90,7 +94,8 @@ def check_action_in(mode: str, action: Any) -> np.ndarray:
 def check_states(options: Any) -> tuple[np.ndarray | None, np.ndarray | None]:
     """robot_obs (15,) and scene_obs (24,) of reset's options as float64; None where not given.
 
-    Raises ValueError for options that are not a dict, for an unknown key, and for a state of another shape, not numeric or not finite.
+    Raises ValueError for options that are not a dict, for an unknown key, and for a state that is not numeric, not finite, of another
+    shape or beyond LARGEST.
     """
     if options is None:
         return None, None
@@ -118,4 +123,6 @@ def _state(options: Mapping, key: str) -> np.ndarray | None:
         raise ValueError(f"reset option {key} has shape {state.shape}, expected {expected}: {OBSERVATION[key].meaning}")
     if not np.isfinite(state).all():
         raise ValueError(f"reset option {key} has a NaN or infinite entry: {state.tolist()}")
+    if np.abs(state).max() > LARGEST:
+        raise ValueError(f"reset option {key} has an entry beyond {LARGEST:g}: {state.tolist()}; expected {OBSERVATION[key].meaning}")
     return state

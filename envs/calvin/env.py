@@ -205,7 +205,7 @@ class CalvinEnv(gymnasium.Env):
     def restore(self, snapshot: Snapshot) -> tuple[dict, dict]:
         """Go on from a snapshot, exactly as the environment that it was taken from: observation and info of that moment.
 
-        Takes about 0.8 ms for each step that its episode had. The action space may be another than the snapshot's.
+        Plays its episode's commands again without images: 1 to 2 ms a step. The action space may be another than the snapshot's.
         Raises SnapshotMismatch for a snapshot of another scene, version, randomisation or other assets, or when its state was not
         reached again; then the environment has to be reset.
         """

@@ -124,7 +124,7 @@ BLOCK_LENGTHS_M = {"small": 0.05, "middle": 0.07, "big": 0.1}
 
 def scene_named(name: str) -> Scene:
     """The scene called `name`. Raises ValueError naming the nearest known scene."""
-    if name not in SCENES:
+    if not isinstance(name, str) or name not in SCENES:
         close = difflib.get_close_matches(str(name).upper()[-1:], SCENES, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"unknown scene {name!r}: CALVIN has {', '.join(SCENES)}{hint}")
@@ -140,8 +140,10 @@ def fetched_assets() -> Path:
 def asset_folder(scene: Scene, assets: str | Path | None) -> Path:
     """The folder to load `scene` from: `assets`, or our own where it is None, or the fetched one where it is "calvin_env".
 
-    Raises FileNotFoundError naming what is missing.
+    Raises FileNotFoundError naming what is missing, ValueError for anything but a path.
     """
+    if assets is not None and not isinstance(assets, (str, os.PathLike)):
+        raise ValueError(f"assets={assets!r} is no path; give calvin_env's data/ folder, or leave assets out for our own")
     if assets == FETCHED_ASSETS:
         folder = fetched_assets()
         if not folder.is_dir():

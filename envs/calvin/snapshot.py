@@ -9,8 +9,9 @@ contact makes millimetres of it. But a reset gives the state of a fresh process,
 commands. So a snapshot is where the episode began and the commands since. Restoring resets, plays them again without images, and
 compares the state that results with the recorded one: where they differ, nothing is returned but an error.
 
-Price: recording takes less than a microsecond and 64 bytes a step, at most MAX_STEPS of them (6.4 MB, 55 minutes of an episode); a snapshot
-copies that. Restoring takes as long as a reset and the physics of all steps since, about 0.8 ms each with our own assets (1.4 s for 1800).
+Price: recording takes a microsecond and 64 bytes a step, of at most MAX_STEPS (6.4 MB, 55 minutes of an episode); a snapshot takes 0.15 ms.
+Restoring takes a reset and nine tenths of what stepping without images took: on a busy machine 0.14 s of one core's time after 60 steps,
+0.73 s after 360 and 3.2 s after 1800 with our own assets; 0.19, 1.1 and 4.1 s with the original ones.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ class Snapshot:
         if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT or set(fields) != known:
             raise ValueError(f"not a snapshot of format {FORMAT}: expected a JSON object with format, {', '.join(sorted(known))}")
         for name in ("robot_obs", "scene_obs", "target", "state", "commands"):
-            if fields[name] is not None:
-                fields[name] = np.array(fields[name], dtype=np.float64)
+            given = fields[name] is not None or name not in ("robot_obs", "scene_obs")
+            fields[name] = np.array(fields[name], dtype=np.float64) if given else None
         fields["commands"] = fields["commands"].reshape(-1, COMMAND_DIM)
         return cls(**fields)
 

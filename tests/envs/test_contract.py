@@ -233,6 +233,7 @@ def test_a_snapshot_is_gone_on_from_exactly(env, other):
         (lambda action: action[None], r"shape \(1, \d\), expected \(\d,\)"),
         (lambda action: np.r_[np.nan, action[1:]], "NaN or infinite"),
         (lambda action: np.r_[np.inf, action[1:]], "NaN or infinite"),
+        (lambda action: np.r_[1e300, action[1:].astype(float)], r"beyond 1000|leaves \[-1, 1\]"),
         (lambda action: np.r_[action[:-1], 0.5], r"exactly -1 \(close\) or \+1"),
         (lambda action: None, "expected real numbers"),
         (lambda action: "forward", "expected real numbers"),
@@ -275,6 +276,7 @@ def test_lists_integers_and_half_floats_are_actions_too(env, convert, exact_rese
         ({"scene_obs": np.zeros((24, 1))}, r"scene_obs has shape \(24, 1\), expected \(24,\)"),
         ({"scene_obs": np.full(24, np.nan)}, "scene_obs has a NaN"),
         ({"scene_obs": np.full(24, 0.5)}, r"expected 0 or 1"),
+        ({"robot_obs": np.full(15, 1e300)}, "robot_obs has an entry beyond 1000"),
         ({"robot_obs": "home"}, "robot_obs is no array of numbers"),
         ({"robot_obs": [[1.0], [1.0, 2.0]]}, "robot_obs is no array of numbers"),
         ({"scene": np.zeros(24)}, "unknown reset option 'scene'"),
@@ -301,6 +303,7 @@ def test_a_bad_seed_is_named(env, make, seed):
     "options,message",
     [
         ({"scene": "E"}, "unknown scene 'E'"),
+        ({"scene": ["A"]}, r"unknown scene \['A'\]"),
         ({"observe": "allways"}, "did you mean 'always'"),
         ({"action_space": "relativ"}, "did you mean 'relative'"),
         ({"observe": None}, "observe=None is not one of always, on_demand"),
@@ -315,6 +318,8 @@ def test_unknown_options_are_named(make, options, message):
 def test_missing_assets_are_named(make, tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         make(assets=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="assets=5 is no path"):
+        make(assets=5)
     with pytest.raises(FileNotFoundError, match="incomplete for scene [A-D]: no franka_panda"):
         make(assets=tmp_path)
 

@@ -201,6 +201,13 @@ def test_text_that_is_no_snapshot_is_named(text):
         Snapshot.from_json(text)
 
 
+def test_a_snapshot_without_commands_is_no_snapshot(env):
+    env.reset(seed=0)
+    fields = json.loads(env.snapshot().to_json()) | {"commands": None}
+    with pytest.raises(ValueError):
+        Snapshot.from_json(json.dumps(fields))
+
+
 def test_memory_is_bounded(monkeypatch):
     monkeypatch.setattr(snapshots, "MAX_STEPS", 10)
     history = History(None, None, {})
