@@ -26,7 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("emu3_vla.commands.demo:DemoConfig", "the shipped policy drives one simulated chain; leaves recording, video and report"),
     "collect": ("emu3_vla.commands.collect:CollectConfig", "scripted expert's episodes, with disturbances, into an episode store"),
     "train-tokenizer": ("emu3_vla.vision_tokenizer.train:TrainTokenizerConfig", "train a vision tokenizer on an episode store"),
-    "eval-tokenizer": ("emu3_vla.vision_tokenizer.evaluate:EvalTokenizerConfig", "reconstruction, codebook, localisation and speed of tokenizers"),
+    "eval-tokenizer": ("emu3_vla.vision_tokenizer.evaluate:EvalTokenizerConfig", "how good vision tokenizers are, side by side"),
     "tokenize": ("emu3_vla.data.tokenize:TokenizeConfig", "episode store → token store"),
     "compare-action-tokenizers": (
         "action_tokenizer.compare:CompareConfig",
