@@ -72,6 +72,13 @@ def test_small_vocabulary_joins_bytes(tokenizer):
     assert tokenizer.encode("") == [] and tokenizer.decode([]) == ""
 
 
+def test_a_piece_that_is_a_token_is_taken_whole():
+    """Even one that no joining of two tokens makes; within a longer piece it cannot come about."""
+    tokens = [*(bytes([byte]) for byte in range(256)), b"abc"]
+    assert Emu3TextTokenizer(tokens).encode("abc 1") == _plain("abc 1", tokens) == [256, 32, 49]
+    assert Emu3TextTokenizer(tokens).encode("abcd") == _plain("abcd", tokens) == [97, 98, 99, 100]
+
+
 def test_specials_are_text_unless_asked(tokenizer):
     text = "red<|image start|>2*3<|visual token 000012|> <|extra_9|>"
     plain = tokenizer.encode(text)
