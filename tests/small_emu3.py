@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from transformers import Emu3Config, Emu3ForCausalLM, Emu3ForConditionalGeneration, Emu3TextConfig, Emu3TextModel, Emu3VQVAEConfig
 
 from emu3_vla.checkpoint.weights import write_weights
+from emu3_vla.vision_tokenizer.emu3 import Emu3Tokenizer
 from emu3_vla.vocabulary import TEXT_SIZE, Emu3Vocabulary
 
 SIZES = {
@@ -49,7 +50,8 @@ def decoder(seed: int = 0, **changes) -> Emu3ForCausalLM:
     model = Emu3ForCausalLM(text_config(**changes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(0, 0.1)
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.1)
     return model
 
 
@@ -85,6 +87,14 @@ def write_whole(folder: Path, *, codebook_size: int = 64, **changes) -> Emu3ForC
             parameter.normal_(0, 0.1)
     model.save_pretrained(folder)
     return model
+
+
+def write_vision(folder: Path, *, codebook_size: int = 64) -> Emu3Tokenizer:
+    """Emu3's vision tokenizer alone."""
+    torch.manual_seed(2)
+    tokenizer = Emu3Tokenizer(Emu3VQVAEConfig(codebook_size=codebook_size, **VISION)).eval()
+    tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 def write_text(folder: Path, *, head: bool = True, **changes) -> torch.nn.Module:

@@ -106,8 +106,7 @@ def test_shared_embedding_is_the_head(tmp_path):
 def test_vision_tokenizer_inside_and_beside(model, tmp_path):
     folder = small_emu3.write_baai(tmp_path / "Emu3-Gen", model)
     assert emu3_vla.load(folder).vision_tokenizer is None
-    small_emu3.write_whole(tmp_path / "whole")
-    emu3_vla.load(tmp_path / "whole").vision_tokenizer.save_pretrained(tmp_path / "Emu3-VisionTokenizer")
+    small_emu3.write_vision(tmp_path / "Emu3-VisionTokenizer")
     assert emu3_vla.load(folder).vision_tokenizer.codebook_size == 64
     shutil.move(tmp_path / "Emu3-VisionTokenizer", folder / "vision_tokenizer")
     assert emu3_vla.load(folder).vision_tokenizer.codebook_size == 64
