@@ -43,7 +43,9 @@ def test_what_is_nowhere_or_in_part_is_one_line(cache):
     assert "\n" not in str(caught.value)
     folder = small_emu3.write_baai(_cached(cache, "someone/half"), small_emu3.decoder(), shard_bytes=30_000)
     sorted(folder.glob("*.safetensors"))[0].unlink()
-    with pytest.raises(FileNotFoundError, match="someone--half.*is missing: 1 of the"):  # what the cache has, since nothing else is to be had
+    with pytest.raises(
+        FileNotFoundError, match="someone--half.*is missing: 1 of the"
+    ):  # what the cache has, since nothing else is to be had
         emu3_vla.load("someone/half")
 
 
