@@ -28,8 +28,9 @@ class Boxes:
             if shape[0] == uid and shape[1] >= 0 and shape[2] == pb.GEOM_MESH:
                 corners.setdefault(shape[1], []).append(_corners_m(shape))
         everything = {shape[1] for shape in shapes if shape[0] == uid and shape[2] != pb.GEOM_MESH}
-        self.links = [link for link in corners if link not in everything]
-        self.corners = [np.concatenate(corners[link]) for link in self.links]
+        links = [link for link in corners if link not in everything]
+        self.links = [link for link in links for _ in corners[link]]
+        self.corners = np.array([box for link in links for box in corners[link]]).reshape(-1, 8, 3)
 
     def outside(self, view: Sequence[float], projection: Sequence[float]) -> list[tuple[int, int]]:
         """The parts (body, link) of which nothing is in view. Both matrices as PyBullet has them: 16 numbers, column by column."""
@@ -37,13 +38,13 @@ class Boxes:
             return []
         to_clip = np.reshape(projection, (4, 4)).T @ np.reshape(view, (4, 4)).T
         states = pb.getLinkStates(self.uid, self.links, physicsClientId=self.client)
-        unseen = []
-        for link, corners, state in zip(self.links, self.corners, states, strict=True):
-            rotation = np.reshape(pb.getMatrixFromQuaternion(state[5]), (3, 3))
-            x, y, _, w = to_clip[:, :3] @ (rotation @ corners.T + np.array(state[4])[:, None]) + to_clip[:, 3:]
-            if any((distance < 0).all() for distance in (w, w - x, w + x, w - y, w + y)):  # behind the camera, or beyond one of four sides
-                unseen.append((self.uid, link))
-        return unseen
+        turns = np.array([pb.getMatrixFromQuaternion(state[5]) for state in states]).reshape(-1, 3, 3)
+        places = self.corners @ turns.swapaxes(1, 2) + np.array([state[4] for state in states])[:, None]
+        x, y, _, w = np.moveaxis(places @ to_clip[:, :3].T + to_clip[:, 3], -1, 0)
+        beyond = np.stack((w, w - x, w + x, w - y, w + y)) < 0  # behind the camera, or past one of four sides
+        unseen = beyond.all(axis=2).any(axis=0)
+        seen = {link for link, out in zip(self.links, unseen, strict=True) if not out}
+        return [(self.uid, link) for link in dict.fromkeys(self.links) if link not in seen]
 
 
 def _corners_m(shape: tuple) -> np.ndarray:

@@ -8,7 +8,7 @@ was drawn before (where two surfaces are closer than a micrometre, either may be
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
 import pybullet as pb
@@ -49,28 +49,32 @@ class LayeredCamera:
         self.projection = pb.computeProjectionMatrixFOV(camera.fov_deg, camera.width / camera.height, NEAR_M, camera.far_m)
         self.background: Layer | None = None
         self.still: Layer | None = None
-        self.still_key: Hashable = None
+        self.still_key: Hashable = None  # what `still` shows
         self.last_key: Hashable = None
+        self.resting_key: Hashable = None  # of fixtures that stood still for two images
 
-    def render(self, key: Hashable) -> tuple[np.ndarray, np.ndarray]:
+    def render(self, key: Hashable, unseen: Sequence[Part] = ()) -> tuple[np.ndarray, np.ndarray]:
         """uint8 RGB (H, W, 3), row 0 at the top, and float64 depth (H, W) [m]; the far plane where nothing is.
 
-        key: equal for two calls exactly if the fixtures stand and look the same (positions, lights).
+        key: equal for two calls exactly if the fixtures stand and look the same (positions, lights). unseen: movers that are not in view
+        now, which spares the trouble of finding it out.
         """
         if self.background is None:
             self.background = with_backdrop(self._draw(hidden=self.fixtures + self.movers), self.backdrop)
-        if self.still_key != key and self.last_key == key:  # came to rest: worth a layer of its own
-            self.still, self.still_key = _over(self._draw(hidden=self.fixed + self.movers), self.background), key
+        if self.last_key == key:
+            self.resting_key = key
         self.last_key = key
-        if self.still is not None and self.still_key == key:
-            rgb, depth = _over(self._draw(hidden=self.fixed + self.fixtures), self.still)
-        else:
-            rgb, depth = _over(self._draw(hidden=self.fixed), self.background)
+        if self.resting_key != key:
+            rgb, depth = _over(self._draw(hidden=[*self.fixed, *unseen]), self.background)
+        else:  # worth a layer of its own
+            if self.still_key != key:
+                self.still, self.still_key = _over(self._draw(hidden=self.fixed + self.movers), self.background), key
+            rgb, depth = _over(self._draw(hidden=[*self.fixed, *self.fixtures, *unseen]), self.still)
         return rgb, depth_in_m(depth, NEAR_M, self.camera.far_m)
 
     def forget_fixtures(self) -> None:
-        """Draw the fixtures anew next time, as a new camera would; what never moves stays drawn."""
-        self.still = self.still_key = self.last_key = None
+        """Put the next images together as a new camera would; what has been drawn stays drawn."""
+        self.last_key = self.resting_key = None
 
     def _draw(self, hidden: list[Part]) -> Layer:
         """RGB and raw depth with some parts left out."""

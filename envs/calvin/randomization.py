@@ -28,9 +28,9 @@ WOODS = {"red": (112, 52, 36), "pale": (226, 190, 140), "brown": (160, 104, 52),
 
 @dataclass(frozen=True, kw_only=True)
 class Light:
-    """The one lamp of a scene. The defaults are those of PyBullet's TinyRenderer."""
+    """The one lamp of a scene. The defaults are those of PyBullet's TinyRenderer; its OpenGL renderer heeds the direction alone."""
 
-    direction: Vector = (-50.0, 30.0, 100.0)  # world frame, from the scene towards the lamp; its length does not matter
+    direction: Vector = (-50.0, 30.0, 100.0)  # world frame, towards the lamp; OpenGL takes it for the lamp's place [m]
     color: Vector = (1.0, 1.0, 1.0)  # of diffuse and specular light
     ambient: float = 0.6  # these three: shares of a surface's own colour
     diffuse: float = 0.35
@@ -120,7 +120,7 @@ def _light(rng: np.random.Generator) -> Light:
     """From above, anywhere but behind the cabinet's back; neither so dark nor so tinted that red, pink and blue could be mistaken."""
     turn, height = rng.uniform(-0.9 * np.pi, 0.4 * np.pi), rng.uniform(0.6, 2.0)
     return Light(
-        direction=(float(np.cos(turn)), float(np.sin(turn)), float(height)),
+        direction=tuple((100 * np.array((np.cos(turn), np.sin(turn), height))).tolist()),
         color=tuple(rng.uniform(0.8, 1.0, 3).tolist()),
         ambient=float(rng.uniform(0.45, 0.7)),
         diffuse=float(rng.uniform(0.2, 0.5)),

@@ -16,7 +16,8 @@ import pybullet as pb
 
 from envs.calvin import scenes
 from envs.calvin.egl import captured, load_egl
-from envs.calvin.randomization import Look, Vector
+from envs.calvin.layers import draw
+from envs.calvin.randomization import Look, Vector, Wood
 from envs.calvin.robot_urdf import robot_urdf
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Stage:
         """Release the client. Harmless when done twice."""
         if self.client >= 0 and pb.isConnected(self.client):
             if self.egl:
-                with captured():  # the plugin says goodbye on standard output
+                with captured():  # the plugin prints a farewell
                     pb.disconnect(self.client)
             else:
                 pb.disconnect(self.client)
@@ -54,7 +55,7 @@ class Stage:
 
     def synced(self) -> int:
         """The client that holds what is seen: bodies posed as the simulation is now, lamps and look as they are now."""
-        if not self.loads or (self.look.wood != self._shown.wood and self._shown.wood is not None):
+        if not self.loads or self._shown_wood() not in (None, self.look.wood):
             self._load()
         if self.look != self._shown:
             self._show(self.look)
@@ -94,6 +95,17 @@ class Stage:
         self._made: dict[Part, Rgba] = {(shape[0], shape[1]): shape[7] for shape in shapes}
         self._joints = {uid: _movable_joints(uid, self.client) for uid in (robot, table)}
         self._shown, self._lamps, self.loads = Look(), {}, loads + 1
+        if self.egl:
+            self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Draw twice: the plugin prints the vendor again with its first two images, and sets its shadows up anew after each."""
+        camera = scenes.STATIC_CAMERA
+        view = pb.computeViewMatrix(camera.look_from, camera.look_at, camera.up)
+        projection = pb.computeProjectionMatrixFOV(camera.fov_deg, camera.width / camera.height, camera.near_m, camera.far_m)
+        with captured():
+            for _ in range(2):
+                draw(self.client, camera.width, camera.height, view, projection, self.look.light, egl=True)
 
     def _urdf(self, path: str | Path, **options) -> int:
         return pb.loadURDF(str(path), physicsClientId=self.client, **options)
@@ -125,9 +137,13 @@ class Stage:
         for part, rgba in self._made.items():
             if part[0] in tints and part not in lamps:
                 pb.changeVisualShape(*part, rgbaColor=_tinted(rgba, tints[part[0]]), physicsClientId=self.client)
-        if simulation.own_assets and look.wood is not None and look.wood != self._shown.wood:
+        shown, self._shown = self._shown_wood(), look
+        if self._shown_wood() != shown:
             self._texture(look.wood.atlas())
-        self._shown = look
+
+    def _shown_wood(self) -> Wood | None:
+        """The wood that the table has been given in place of its own; only our own tables are cut from it."""
+        return self._shown.wood if self.simulation.own_assets else None
 
     def _texture(self, png: bytes) -> None:
         simulation = self.simulation

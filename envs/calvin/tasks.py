@@ -9,11 +9,11 @@ Source: calvin_env `envs/tasks.py` and `conf/tasks/new_playtable_tasks.yaml`, se
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import numpy as np
-from scipy.spatial.transform import Rotation
 
 from envs.calvin.scenes import DRAWER, LED, LIGHTBULB, SLIDE
 
@@ -74,13 +74,26 @@ def _moved(start: dict, end: dict, name: str) -> np.ndarray:
 
 
 def _rotated(name: str, sign: int, start: dict, end: dict) -> bool:
-    turn = Rotation.from_quat(_block(end, name)["current_orn"]) * Rotation.from_quat(_block(start, name)["current_orn"]).inv()
-    x, y, z = turn.as_euler("xyz", degrees=True)
     if np.linalg.norm(_moved(start, end, name)) > ROTATE_MAX_MOTION_M:
         return False
     if not _bodies(_block(end, name)["contacts"]) - {_robot(start)}:
         return False
+    x, y, z = _turn_deg(_block(start, name)["current_orn"], _block(end, name)["current_orn"])
     return ROTATE_DEG < sign * z < 180 and abs(x) < ROTATE_MAX_TILT_DEG and abs(y) < ROTATE_MAX_TILT_DEG
+
+
+def _turn_deg(start: Sequence[float], end: Sequence[float]) -> tuple[float, float, float]:
+    """Angles about the world's x, y and z axes, in that order, of the turn from one quaternion (x, y, z, w) to another."""
+    ax, ay, az, aw = (-start[0], -start[1], -start[2], start[3])
+    bx, by, bz, bw = end
+    x = bw * ax + bx * aw + by * az - bz * ay
+    y = bw * ay - bx * az + by * aw + bz * ax
+    z = bw * az + bx * ay - by * ax + bz * aw
+    w = bw * aw - bx * ax - by * ay - bz * az
+    about_x = math.atan2(2 * (w * x + y * z), 1 - 2 * (x * x + y * y))
+    about_y = math.asin(max(-1.0, min(1.0, 2 * (w * y - z * x))))
+    about_z = math.atan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))
+    return math.degrees(about_x), math.degrees(about_y), math.degrees(about_z)
 
 
 def _pushed(name: str, sign: int, start: dict, end: dict) -> bool:

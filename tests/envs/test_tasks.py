@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
-from envs.calvin.tasks import TASKS, completed_tasks
+from envs.calvin.tasks import TASKS, _turn_deg, completed_tasks
 
 
 def _info(state: dict, bodies: dict[str, int], links: dict[str, int]) -> dict:
@@ -62,3 +64,10 @@ def test_unknown_task_names_the_nearest():
 def test_info_without_its_parts_is_refused():
     with pytest.raises(ValueError, match="end_info has keys"):
         completed_tasks({"robot_info": {}, "scene_info": {}}, {"scene_info": {}})
+
+
+def test_turns_are_scipys_euler_angles():
+    starts, ends = Rotation.random(500, random_state=0), Rotation.random(500, random_state=1)
+    expected = (ends * starts.inv()).as_euler("xyz", degrees=True)
+    turns = np.array([_turn_deg(*pair) for pair in zip(starts.as_quat(), ends.as_quat(), strict=True)])
+    assert np.abs((turns - expected + 180) % 360 - 180).max() < 1e-9
