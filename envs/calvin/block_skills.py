@@ -6,8 +6,8 @@ task begins can make that one impossible. So pushes and rotations end with the b
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from math import atan2, hypot
+from dataclasses import dataclass
+from math import atan2, cos, hypot, sin
 
 import numpy as np
 from scipy.spatial.transform import Rotation
@@ -27,7 +27,7 @@ from envs.calvin.expert_arm import (
     nearest_turn,
 )
 from envs.calvin.fixture_skills import FINGERS_HALF_M, FORWARD_Y, open_drawer, uncover
-from envs.calvin.layout import DRAWER_FLOOR_Z, SHELF_Z, TABLE_TOP_Z
+from envs.calvin.layout import BLOCK_WIDTH_M, DRAWER_FLOOR_Z, SHELF_Z, TABLE_TOP_Z
 
 SHELF_TILT_RAD = -0.6
 MIDDLE_TILT_RAD = -0.3
@@ -35,12 +35,29 @@ MIDDLE_TILT_RAD = -0.3
 LEVEL_RAD = 0.08
 TURN_RAD = 1.35
 RAISED_M = 0.008
-FINGER_HALF_M = 0.012
+FINGER_OPEN_M, FINGER_HALF_M = 0.044, 0.008
+"""Middle of an open finger from the middle of the hand, and half a finger's thickness."""
+CLOSED_HALF_M = 0.012
+"""Half the thickness of the closed fingers at the height of a block."""
+SHIFT_M = 0.012
+WIDEST_M = 0.06
+"""Longest side that the fingers close across with room to spare."""
+ROOM_Y = -0.06
 PUSH_M = 0.1
 SURFACE_Z = {"table": TABLE_TOP_Z, "shelf": SHELF_Z, "drawer": DRAWER_FLOOR_Z, "floor": 0.0}
 
 
 # -- grasping
+
+
+@dataclass(frozen=True, slots=True)
+class Grip:
+    """A grasp from above: yaw of the hand [rad], x and y of its middle [m], and the blocks that a finger would come down on."""
+
+    yaw: float
+    x: float
+    y: float
+    hit: tuple[Block, ...]
 
 
 def grasp(arm: Arm, color: str, *, turn: float = 0.0) -> Actions:
@@ -51,40 +68,55 @@ def grasp(arm: Arm, color: str, *, turn: float = 0.0) -> Actions:
     if arm.held() == color:
         return
     block = arm.block(color)
+    grip = best_grip(block, arm.blocks(without=color), turn)
+    if grip.hit and block.place == "table":
+        yield from make_room(arm, block, grip.hit[0])
+        grip = best_grip(block, arm.blocks(without=color), turn)
     safe_z = max(CLEAR_Z, block.position[2] + 0.1)
     yield from arm.grip(OPEN, 4)
     yield from arm.up(safe_z)
-    yaw = grasp_yaw(block, arm.blocks(without=color), turn)
-    yield from arm.move([*block.position[:2], safe_z], [PI, 0, yaw], hold=4, provided=arm.lies_at(block, 0.03))
+    yield from arm.move([grip.x, grip.y, safe_z], [PI, 0, grip.yaw], hold=4, provided=arm.lies_at(block, 0.03))
     block = arm.block(color)
-    x, y, z = block.position
-    yield from arm.move(
-        [x, y, z + 0.002], [PI, 0, nearest_turn(block.yaw, yaw, PI / 2)], hold=6, tolerance_m=0.005, provided=arm.lies_at(block)
-    )
+    grip = best_grip(block, arm.blocks(without=color), turn)
+    height = block.position[2] + 0.002
+    yield from arm.move([grip.x, grip.y, height], [PI, 0, grip.yaw], hold=6, tolerance_m=0.005, provided=arm.lies_at(block))
     yield from arm.grip(CLOSE)
     if arm.held() != color:
         raise Interrupted
 
 
-def grasp_yaw(block: Block, others: Iterable[Block], turn: float = 0.0) -> float:
-    """Yaw of the hand for a grasp: fingers across a side that fits, free of neighbours, and near the middle of the wrist's range."""
-    fits = [block.yaw] if block.length > 0.06 else [block.yaw, block.yaw + PI / 2]
-    yaws = [nearest_turn(yaw, PI / 2 - turn / 2) for yaw in fits]
+def best_grip(block: Block, others: list[Block], turn: float = 0.0) -> Grip:
+    """Fingers across a side that fits between them, clear of the neighbours, the short side first, near the middle of the wrist's range."""
+    yaws = [block.yaw] if block.length > WIDEST_M else [block.yaw, block.yaw + PI / 2]
+    grips = [_grip(block, others, nearest_turn(yaw, PI / 2 - turn / 2), aside) for yaw in yaws for aside in (0.0, SHIFT_M, -SHIFT_M)]
 
-    def badness(yaw: float) -> float:
-        across = yaw - PI / 2
-        opened = max(0.05, block.reach_along(across) + 0.02)
-        crowded = 0
-        for other in others:
-            for side in (1, -1):
-                x = block.position[0] + side * opened * np.cos(across)
-                y = block.position[1] + side * opened * np.sin(across)
-                if abs(other.position[2] - block.position[2]) < 0.035 and hypot(x - other.position[0], y - other.position[1]) < 0.035:
-                    crowded += 1
-        wide = block.length > 0.05 and abs(np.sin(yaw - block.yaw)) > 0.5
-        return 10 * crowded + 2 * wide + abs(yaw + turn / 2 - PI / 2)
+    def cost(grip: Grip) -> float:
+        across_long_side = block.length > BLOCK_WIDTH_M + 0.01 and abs(sin(grip.yaw - block.yaw)) > 0.5
+        shifted = hypot(grip.x - block.position[0], grip.y - block.position[1])
+        return 10 * len(grip.hit) + 2 * across_long_side + abs(grip.yaw + turn / 2 - PI / 2) + 20 * shifted
 
-    return min(yaws, key=badness)
+    return min(grips, key=cost)
+
+
+def _grip(block: Block, others: list[Block], yaw: float, aside_m: float) -> Grip:
+    """The grasp with that yaw, the hand's middle aside by so much in the direction in which the fingers close."""
+    along, across = sin(yaw), -cos(yaw)
+    x, y = block.position[0] + aside_m * along, block.position[1] + aside_m * across
+    fingers = [(x + side * FINGER_OPEN_M * along, y + side * FINGER_OPEN_M * across) for side in (1, -1)]
+    level = [other for other in others if abs(other.position[2] - block.position[2]) < 0.035]
+    return Grip(yaw, x, y, tuple(other for other in level if any(other.gap_to(*finger) < FINGER_HALF_M for finger in fingers)))
+
+
+def make_room(arm: Arm, block: Block, neighbour: Block) -> Actions:
+    """Push a neighbour along y with closed fingers until a finger fits between it and the block."""
+    x, y, _ = neighbour.position
+    side = 1 if y < block.position[1] + 0.05 and y < ROOM_Y else -1
+    start = y - side * (neighbour.reach_along(PI / 2) + 0.03)
+    yield from arm.grip(CLOSE, 1)
+    yield from arm.travel(x, start, DOWN)
+    yield from arm.move([x, start, 0.46], hold=3)
+    yield from arm.move([x, start + side * 0.10, 0.46], speed=0.6, hold=3)
+    yield from arm.up(CLEAR_Z)
 
 
 def reach_for(arm: Arm, color: str) -> Actions:
@@ -107,7 +139,7 @@ def grasp_on_shelf(arm: Arm, color: str) -> Actions:
     """Take hold of a block in the cabinet, the hand tilted forward."""
     yield from uncover(arm, arm.block(color).position[0])
     block = arm.block(color)
-    (x, y, z), tilted = block.position, tilted_forward(SHELF_TILT_RAD, grasp_yaw(block, arm.blocks(without=color)))
+    (x, y, z), tilted = block.position, tilted_forward(SHELF_TILT_RAD, best_grip(block, arm.blocks(without=color)).yaw)
     yield from arm.grip(OPEN, 1)
     yield from arm.up(CARRY_Z)
     yield from arm.move([x, FORWARD_Y, CARRY_Z], DOWN)
@@ -152,18 +184,27 @@ def push(arm: Arm, color: str, start: Block, right: bool) -> Actions:
     side = 1 if right else -1
     block = arm.block(color)
     x, y, _ = block.position
-    touching = block.reach_along(0) + FINGER_HALF_M
+    touching = block.reach_along(0) + CLOSED_HALF_M
     left_to_go = max(PUSH_M - side * (x - start.position[0]), 0.02)
     yield from arm.grip(CLOSE, 1)
-    yield from arm.up(0.54)
-    yield from arm.move([x - side * (touching + 0.03), y, 0.54], DOWN, hold=4)
+    yield from arm.travel(x - side * (touching + 0.03), y, DOWN)
     block = arm.block(color)
     x, y, _ = block.position
     yield from arm.move([x - side * (touching + 0.03), y, 0.46], hold=4)
-    # At full speed the block slides on for a centimetre or two when the fingers stop, so it crosses the line untouched.
-    yield from arm.move([x + side * (left_to_go - touching), y, 0.46])
-    yield from arm.wait(8)
+    # The block slides on for some millimetres when the fingers stop, so it crosses the line untouched.
+    yield from arm.move([x + side * (left_to_go + 0.002 - touching), y, 0.46], speed=0.75)
+    yield from _until_at_rest(arm, color)
+    yield from arm.move([arm.target[0] - side * 0.02, y, 0.46])
     yield from arm.up(0.54)
+
+
+def _until_at_rest(arm: Arm, color: str) -> Actions:
+    """Hold the pose until the block lies still: a finger that creeps on would still touch it when it crosses the line."""
+    for _ in range(8):
+        before = arm.block(color).position[0]
+        yield arm.still()
+        if abs(arm.block(color).position[0] - before) < 1e-3:
+            return
 
 
 def rotate(arm: Arm, color: str, left: bool) -> Actions:
@@ -200,13 +241,14 @@ def make_level(arm: Arm, color: str, yaw: float) -> Actions:
         yield from arm.move(arm.target[:3], euler, hold=3, provided=arm.holds(color))
 
 
-def put_down(arm: Arm, color: str) -> Actions:
-    """Lay the held block on a free place of the table, level, and let go."""
+def put_down(arm: Arm, color: str, *, tilt: bool = True) -> Actions:
+    """Lay the held block on a free place of the table and let go; level, where the hand may tilt for it."""
     low, high = arm.layout.free_table_x()
     spots = [(x, y) for x in np.arange(low + 0.05, high - 0.04, 0.03) for y in (-0.12, -0.09, -0.15)]
     x, y = free_spot(spots, arm.blocks(without=color), tuple(arm.target[:2]), clearance_m=0.11)
     yield from arm.up(CARRY_Z)
-    yield from arm.move([x, y, CARRY_Z], level(arm, color, arm.target[5]), provided=arm.holds(color))
+    euler = level(arm, color, arm.target[5]) if tilt else [PI, 0, arm.target[5]]
+    yield from arm.move([x, y, CARRY_Z], euler, provided=arm.holds(color))
     yield from _lower(arm, color, x, y, TABLE_TOP_Z)
 
 
@@ -279,6 +321,9 @@ def stack(arm: Arm, color: str) -> Actions:
     x, y, z = base.position
     z += base.height / 2 + block.height / 2
     yield from arm.move([x + dx, y + dy, z + dz + 0.003], hold=6, speed=0.5, tolerance_m=0.003, provided=holds)
+    if arm.off_target_m() > 0.02:  # the tilted hand does not get there: let the block fall flat, and take it from above
+        yield from put_down(arm, color, tilt=False)
+        raise Interrupted
     yield from arm.grip(OPEN, 14)
     yield from arm.move([*arm.target[:2], CARRY_Z + 0.02], hold=20)
     yield from arm.wait(8)

@@ -26,6 +26,8 @@ DOWN = np.array([PI, 0, PI / 2])
 OPEN, CLOSE = 1.0, -1.0
 CLEAR_Z = 0.56
 """Height at which closed fingers pass over everything on the table but a stack."""
+TRAVEL_Z = 0.53
+"""Height at which they pass over blocks that lie singly."""
 CARRY_Z = 0.60
 """Height at which a held block passes over everything on the table."""
 Actions = Iterator[np.ndarray]
@@ -67,6 +69,12 @@ class Block:
         """Half extent [m] of its outline along a horizontal direction."""
         turn = self.yaw - angle
         return (self.length * abs(cos(turn)) + BLOCK_WIDTH_M * abs(sin(turn))) / 2
+
+    def gap_to(self, x: float, y: float) -> float:
+        """Distance [m] of a point from its outline, along the nearer of its two axes; negative inside."""
+        x, y = x - self.position[0], y - self.position[1]
+        along, across = x * cos(self.yaw) + y * sin(self.yaw), y * cos(self.yaw) - x * sin(self.yaw)
+        return max(abs(along) - self.length / 2, abs(across) - BLOCK_WIDTH_M / 2)
 
 
 def wrap(angle):
@@ -165,6 +173,10 @@ class Arm:
         """Condition for `move`: the block is still where it was when this was asked."""
         return lambda: float(np.abs(self.block(block.color).position - block.position).max()) < within_m
 
+    def off_target_m(self) -> float:
+        """How far the tool is from where it was sent [m]."""
+        return hypot(*(self.target - self.tool)[:3].tolist())
+
     # -- motions
 
     def still(self) -> np.ndarray:
@@ -231,6 +243,13 @@ class Arm:
     def up(self, height_m: float = CLEAR_Z, euler=None) -> Actions:
         """Straight up to a height, if below it."""
         yield from self.move([self.target[0], self.target[1], max(height_m, self.target[2])], euler)
+
+    def travel(self, x: float, y: float, euler) -> Actions:
+        """Closed fingers up, over whatever stands on the table, to above a place."""
+        highest = max([block.position[2] + block.height / 2 for block in self.blocks(place="table")], default=TABLE_TOP_Z)
+        z = max(TRAVEL_Z, min(highest + 0.04, CARRY_Z))
+        yield from self.up(z)
+        yield from self.move([x, y, z], euler, hold=4)
 
 
 def _block(color: str, pose: np.ndarray, long_m: float) -> Block:

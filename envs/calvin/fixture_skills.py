@@ -9,14 +9,17 @@ from envs.calvin.expert_arm import CLEAR_Z, CLOSE, DOWN, PI, Actions, Arm
 
 FORWARD_Y = -0.12
 """y at which the hand is clear of the cabinet at any height."""
+HANDLE_Y = -0.015
+"""y at which the fingertips are behind the front of the door's handle."""
+FINGERS_HALF_M = 0.055
+"""Half the width of the open fingers, with room for them."""
 
 
 def press_button(arm: Arm) -> Actions:
     """Down on the button with closed fingers, and up again; each press toggles."""
     x, y = arm.layout.button
     yield from arm.grip(CLOSE, 1)
-    yield from arm.up(0.53)
-    yield from arm.move([x, y, 0.53], DOWN, hold=4)
+    yield from arm.travel(x, y, DOWN)
     yield from arm.move([x, y, 0.452], hold=4)
     yield from arm.move([x, y, 0.53], hold=6)
 
@@ -25,8 +28,7 @@ def switch_on(arm: Arm) -> Actions:
     """Closed fingers, tilted forward, under the lever; then up along its slope."""
     x, tilted = arm.layout.switch_x, [PI, -0.55, PI / 2]
     yield from arm.grip(CLOSE, 1)
-    yield from arm.up(0.55)
-    yield from arm.move([x, -0.15, 0.55], tilted, hold=4)
+    yield from arm.travel(x, -0.15, tilted)
     yield from arm.move([x, FORWARD_Y, 0.47], tilted, hold=4)
     yield from arm.move([x, 0.015, 0.475], tilted, hold=4)
     yield from arm.move([x, 0.075, 0.60], tilted, speed=0.4, hold=10)
@@ -59,8 +61,7 @@ def close_drawer(arm: Arm) -> Actions:
 
 def _into_drawer_handle(arm: Arm, x: float, y: float) -> Actions:
     yield from arm.grip(CLOSE, 1)
-    yield from arm.up(0.5)
-    yield from arm.move([x, y, 0.50], DOWN, hold=3)
+    yield from arm.travel(x, y, DOWN)
     yield from arm.move([x, y, 0.36], hold=3)
 
 
@@ -71,9 +72,9 @@ def move_slider(arm: Arm, left: bool) -> Actions:
     goal = layout.slide_handle_x - (layout.slide_limit if left else 0)
     yield from arm.grip(CLOSE, 1)
     yield from arm.up(CLEAR_Z)
-    yield from arm.move([handle + side * 0.085, -0.06, CLEAR_Z], DOWN)
-    yield from arm.move([handle + side * 0.085, -0.03, 0.53], hold=2)
-    yield from arm.move([goal - side * 0.04, -0.03, 0.53], speed=0.6, hold=4)
+    yield from arm.move([handle + side * 0.085, -0.06, CLEAR_Z], DOWN, hold=3)
+    yield from arm.move([handle + side * 0.085, HANDLE_Y, 0.53], hold=3)
+    yield from arm.move([goal - side * 0.04, HANDLE_Y, 0.53], speed=0.6, hold=4)
 
 
 def uncover(arm: Arm, x: float) -> Actions:
@@ -86,7 +87,3 @@ def uncover(arm: Arm, x: float) -> Actions:
     yield from move_slider(arm, left=to_left)
     yield from arm.move([arm.target[0], -0.10, max(arm.target[2], 0.54)])
     yield from arm.up(0.58)
-
-
-FINGERS_HALF_M = 0.055
-"""Half the width of the open fingers, with room for them."""
