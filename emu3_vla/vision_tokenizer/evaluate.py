@@ -182,7 +182,7 @@ def _likeness(frames: Frames, made: Reconstruction, judges: Judges) -> dict[str,
         with torch.inference_mode():
             distances = [judges.lpips.distances(*pair) for pair in zip(decoded.split(TIMED_BATCH), pixels.split(TIMED_BATCH), strict=True)]
         lpips = round(torch.cat(distances).mean().item(), 5)
-    return {"ssim": round(torch.cat([value.atleast_1d() for value in ssim]).mean().item(), 5), "lpips": lpips}
+    return {"ssim": round(torch.cat([value.reshape(-1) for value in ssim]).mean().item(), 5), "lpips": lpips}
 
 
 def _times(tokenizer: VisionTokenizer, frames: Frames) -> dict[str, float]:

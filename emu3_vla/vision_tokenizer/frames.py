@@ -71,7 +71,7 @@ def load_frames(sources: Sequence[Source], camera: str, size: int, limit: int, c
     episode = np.repeat(np.arange(len(lengths)), lengths)
     chosen = _thinned(lengths, limit, clip_length)
     last = chosen[clip_length - 1 :]
-    first = chosen[: len(last)]
+    first = chosen[: len(last)]  # of every run of clip_length frames that were kept
     clips = np.flatnonzero((last - first == clip_length - 1) & (episode[first] == episode[last]))
     if not len(clips):
         raise ValueError(f"{_named(sources)} hold no episode of {clip_length} frames; record more often, or shorten the clips")
@@ -95,9 +95,13 @@ def _thinned(lengths: np.ndarray, limit: int, clip_length: int) -> np.ndarray:
     if clip_length == 1:
         return np.unique(np.linspace(0, total - 1, limit).round().astype(int))
     within = np.concatenate([np.arange(length) for length in lengths])
+    whole = np.repeat(lengths - lengths % clip_length, lengths) > within  # an episode's last frames may not fill a window
     window = np.cumsum(within % clip_length == 0) - 1
-    keep = np.linspace(0, window[-1], max(1, limit // clip_length)).round().astype(int)
-    return np.flatnonzero(np.isin(window, keep))
+    windows = np.unique(window[whole])
+    if not len(windows):
+        return np.arange(0)
+    keep = windows[np.linspace(0, len(windows) - 1, max(1, limit // clip_length)).round().astype(int)]
+    return np.flatnonzero(np.isin(window, keep) & whole)
 
 
 def _read(sources: Sequence[Source], counts: list[list[int]], camera: str, size: int, chosen: np.ndarray) -> torch.Tensor:

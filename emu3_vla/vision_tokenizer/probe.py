@@ -140,7 +140,8 @@ def keypoint_probe(tokenizer: VisionTokenizer, train: ProbeData, test: ProbeData
     """The probe with shared weights, trained on `train`."""
     torch.manual_seed(seed)
     grid = tuple(train.codes[RGB_STATIC].shape[1:])
-    probe = _KeypointProbe(tokenizer.vectors(torch.arange(tokenizer.codebook_size)).cpu().float(), grid, config)
+    vectors = tokenizer.vectors(torch.arange(tokenizer.codebook_size, device=tokenizer.device)).detach().float().cpu()
+    probe = _KeypointProbe(vectors, grid, config)
     scale = train.positions_mm.std(0)
     centre = train.positions_mm.mean(0)
     best = _train_keypoints(probe, train, (train.positions_mm - centre) / scale.mean(), config, seed)

@@ -31,6 +31,7 @@ class TemporalEncoder(nn.Module):
         self.halvings = nn.ModuleList(Emu3VQVAETemporalDownsample(channels, channels) for _ in range(halvings))
         self.blocks = _residual_blocks(channels, blocks)
         self.to_codes = Emu3VQVAEConv3d(channels, code_dimension, CODE_KERNEL, (1, 1, 1))
+        _initialise(self)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         hidden = features.transpose(1, 2)
@@ -47,6 +48,7 @@ class TemporalDecoder(nn.Module):
         self.from_codes = Emu3VQVAEConv3d(code_dimension, channels, CODE_KERNEL, (1, 1, 1))
         self.blocks = _residual_blocks(channels, blocks)
         self.doublings = nn.ModuleList(Emu3VQVAETemporalUpsample(channels, channels) for _ in range(doublings))
+        _initialise(self)
 
     def forward(self, vectors: torch.Tensor) -> torch.Tensor:
         hidden = _through(self.blocks, self.from_codes(vectors.transpose(1, 2)))
@@ -63,11 +65,17 @@ def freeze_batch_norms(module: nn.Module) -> None:
 
 
 def _residual_blocks(channels: int, count: int) -> nn.ModuleList:
-    blocks = nn.ModuleList(Emu3VQVAETemporalResnetBlock(channels, channels) for _ in range(count))
-    for block in blocks:  # start as the identity, as the 2-D residual blocks do
+    return nn.ModuleList(Emu3VQVAETemporalResnetBlock(channels, channels) for _ in range(count))
+
+
+def _initialise(module: nn.Module) -> None:
+    """Kernels that keep a signal's size, no biases, and residual blocks that start as the identity, as the 2-D ones do."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv3d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+    for block in module.blocks:
         nn.init.zeros_(block.conv2.conv.weight)
-        nn.init.zeros_(block.conv2.conv.bias)
-    return blocks
 
 
 def _through(blocks: nn.ModuleList, hidden: torch.Tensor) -> torch.Tensor:

@@ -79,7 +79,7 @@ def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
     if min(len(first), len(second)) < 2:
         raise ValueError(f"{len(first)} and {len(second)} clips have no covariance; expected at least two of each")
     first, second = first.double(), second.double()
-    means, covariances = [x.mean(0) for x in (first, second)], [torch.cov(x.T).atleast_2d() for x in (first, second)]
+    means, covariances = [x.mean(0) for x in (first, second)], [torch.atleast_2d(torch.cov(x.T)) for x in (first, second)]
     # The trace of (S1 S2)^½ is that of the symmetric (S1^½ S2 S1^½)^½, whose eigenvalues are real.
     root = _square_root(covariances[0])
     shared = torch.linalg.eigvalsh(root @ covariances[1] @ root).clamp_min(0).sqrt().sum()
