@@ -15,6 +15,9 @@ import torch
 
 from emu3_vla.data.episodes import EpisodeStore
 from emu3_vla.vision_tokenizer import VisionTokenizer, VisionTokenizerError
+from emu3_vla.vision_tokenizer import train as training
+from emu3_vla.vision_tokenizer.discriminator import DiscriminatorConfig
+from emu3_vla.vision_tokenizer.emu3 import Emu3Config
 from emu3_vla.vision_tokenizer.light import LightConfig
 from emu3_vla.vision_tokenizer.losses import LossConfig, foreground, psnr, reconstruction_loss
 from emu3_vla.vision_tokenizer.muon import orthogonalise
@@ -64,7 +67,8 @@ SMALL = LightConfig(
 def config_for(episodes, folder, **options) -> TrainTokenizerConfig:
     values = dict(steps=60, batch_size=4, warmup_steps=5, quantise_from=10, kmeans_images=8, revive_every=5, threads=1)
     values |= dict(max_frames=100, validation_frames=8, validate_every=20, checkpoint_every=7, learning_rate=4e-3, model=SMALL)
-    return TrainTokenizerConfig(episodes=str(episodes), output_dir=str(folder), **values | options)
+    stores = tuple(map(str, episodes)) if isinstance(episodes, tuple) else str(episodes)
+    return TrainTokenizerConfig(episodes=stores, output_dir=str(folder), **values | options)
 
 
 def run(config: TrainTokenizerConfig) -> None:
@@ -128,7 +132,107 @@ def test_a_killed_run_ends_where_an_unbroken_one_does(episodes, unbroken, tmp_pa
     assert timeless == [{key: value for key, value in record.items() if key != "images_per_s"} for record in lines(unbroken)]
 
 
+EVERYTHING = dict(
+    kind="emu3",
+    steps=8,
+    batch_size=8,
+    clip_share=0.5,
+    quantise_from=2,
+    kmeans_images=4,
+    revive_every=2,
+    validate_every=8,
+    checkpoint_every=3,
+    learning_rate=1e-3,
+    muon_learning_rate=0.0,
+    emu3=Emu3Config(
+        codebook_size=32,
+        base_channels=32,
+        channel_multiplier=(1, 1),
+        residual_blocks=1,
+        attention_levels=(1,),
+        image_sizes={"rgb_static": 32},
+    ),
+    loss=LossConfig(perceptual=0.2, adversarial=0.5),
+    discriminator=DiscriminatorConfig(channels=8, layers=2, begin=4),
+)
+
+
+@pytest.fixture(scope="module")
+def everything(episodes, tmp_path_factory):
+    """Emu3's network, images and clips of two stores, perceptual and adversarial losses."""
+    folder = tmp_path_factory.mktemp("everything")
+    run(config_for((episodes, episodes), folder, **EVERYTHING))
+    return folder
+
+
+def test_emu3_trains_by_the_same_loop_with_every_loss(everything):
+    records = [record for record in lines(everything) if "loss" in record]
+    judged = [record for record in records if "discriminator" in record]
+    assert judged and all(record["step"] > EVERYTHING["discriminator"].begin for record in judged)
+    assert {"perceptual", "adversarial", "adversarial_factor", "codebook", "commitment", "perplexity", "codes_used", "revived"} <= set(
+        judged[-1]
+    )
+    validation = lines(everything)[-1]["validation"]
+    assert set(validation) == {"rgb_static", "rgb_static_clips"}
+    tokenizer = VisionTokenizer.from_pretrained(everything / "vision_tokenizer")
+    assert tokenizer.kind == "emu3" and tokenizer.image_sizes == {"rgb_static": 32}
+    assert tokenizer.reconstruct(torch.zeros(1, 5, 3, 30, 32)).shape == (1, 5, 3, 30, 32)
+
+
+@pytest.mark.parametrize("killed_at", [3, 7])  # before and after the discriminator has begun
+def test_a_cut_off_run_resumes_with_its_discriminator(episodes, everything, tmp_path, monkeypatch, killed_at):
+    config = config_for((episodes, episodes), tmp_path, **EVERYTHING)
+
+    original = training._step
+    monkeypatch.setattr(training, "_step", lambda *arguments: original(*arguments) if arguments[3] != killed_at else cut_off())
+    with pytest.raises(InterruptedError):
+        run(config)
+    monkeypatch.setattr(training, "_step", original)
+    run(config)
+    for name in ("vision_tokenizer/model.safetensors", "state.safetensors"):
+        assert (tmp_path / name).read_bytes() == (everything / name).read_bytes(), name
+
+
+def cut_off():
+    raise InterruptedError
+
+
+def test_training_goes_on_from_given_weights(episodes, everything, unbroken, tmp_path):
+    options = EVERYTHING | dict(steps=1, quantise_from=0, learning_rate=1e-9, start_from=str(everything / "vision_tokenizer"))
+    run(config_for(episodes, tmp_path, **options))
+    before, after = (VisionTokenizer.from_pretrained(folder / "vision_tokenizer") for folder in (everything, tmp_path))
+    for name, weight in before.state_dict().items():
+        torch.testing.assert_close(after.state_dict()[name], weight, rtol=0, atol=1e-6)
+    assert not torch.equal(after.last_layer(), before.last_layer())
+    with pytest.raises(ValueError, match="is of kind light, expected kind=emu3"):
+        training.build_tokenizer(config_for(episodes, tmp_path, **options | dict(start_from=str(unbroken / "vision_tokenizer"))))
+
+
+def test_video_tokenizers_learn_from_clips(episodes, tmp_path):
+    model = dataclasses.replace(SMALL, frames_per_code=4, temporal_channels=8)
+    run(config_for(episodes, tmp_path, model=model, clip_share=0.5, batch_size=8, steps=40, validate_every=10))
+    validations = [record["validation"] for record in lines(tmp_path) if "validation" in record]
+    for name in ("rgb_static", "rgb_static_clips", "rgb_gripper", "rgb_gripper_clips"):
+        assert validations[-1][name]["psnr_db"] > validations[0][name]["psnr_db"]
+    with pytest.raises(ValueError, match="a tokenizer of 4 frames per code needs clips to learn from; set clip_share=0.5"):
+        training.build_tokenizer(config_for(episodes, tmp_path, model=model))
+    with pytest.raises(ValueError, match="clip_length is 6, expected a multiple of 4"):
+        training.build_tokenizer(config_for(episodes, tmp_path, model=model, clip_share=1.0, clip_length=6, batch_size=6))
+
+
 def test_errors_are_named(episodes, tmp_path):
+    with pytest.raises(ValueError, match="kind is 'vqgan', expected one of light, emu3"):
+        config_for(episodes, tmp_path, kind="vqgan")
+    with pytest.raises(ValueError, match="makes 1 clips of 8 frames: expected a share between 0 and 1 and room for one clip"):
+        config_for(episodes, tmp_path, clip_share=0.1, clip_length=8)
+    with pytest.raises(ValueError, match="names no episode store"):
+        config_for((), tmp_path)
+    with pytest.raises(FileNotFoundError, match="perceptual weights .*absent do not exist"):
+        run(config_for(episodes, tmp_path, loss=LossConfig(perceptual=1.0, perceptual_weights=str(tmp_path / "absent"))))
+    with pytest.raises(FileNotFoundError, match="config.json is missing"):
+        run(config_for(episodes, tmp_path, start_from=str(tmp_path)))
+    with pytest.raises(ValueError, match="base_channels is 48, expected a multiple of 32"):
+        Emu3Config(base_channels=48)
     with pytest.raises(ValueError, match="quantise_from=60 must be below steps=60"):
         config_for(episodes, tmp_path, quantise_from=60)
     with pytest.raises(ValueError, match="precision is 'fp16'"):
