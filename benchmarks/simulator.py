@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/simulator.py
     OMP_NUM_THREADS=1 python benchmarks/simulator.py --assets <calvin_env's data folder>      # the original parts too
 
-One thread, processor time, scene D, random actions. The loops take turns, a burst of 60 steps each, which is a usual subtask; the best burst
-counts, as the one that other processes disturbed least. "published" is calvin_env's loop: both images at every step, each drawn whole with
-its segmentation mask. It is calvin_env itself where that package is installed; else our physics, which makes the same calls, with the images
-drawn as calvin_env draws them. Resets are without images, into a given state.
+One thread, processor time, scene D, random actions. The loops take turns, a burst of 60 steps (a usual subtask) each; the best burst
+counts, being the least disturbed one. "published" is calvin_env's loop: both images at every step, each drawn whole with its segmentation
+mask. It is calvin_env itself where that package is installed; else our physics, which makes the same calls, with the images drawn as
+calvin_env draws them. Resets are without images, into a given state.
 "on demand" looks once in ten steps, as a policy does that predicts ten actions at a time.
 """
 

@@ -19,7 +19,7 @@ import pybullet as pb
 from envs.calvin import scenes
 from envs.calvin.culling import Boxes
 from envs.calvin.egl import RendererUnavailable
-from envs.calvin.layers import BACKDROP_RGB, NEAR_M, LayeredCamera, depth_in_m, draw, hidden_parts, with_backdrop
+from envs.calvin.layers import BACKDROP_RGB, NEAR_M, LayeredCamera, draw, hidden_parts, rgb_and_depth, with_backdrop
 from envs.calvin.randomization import Look, Vector
 from envs.calvin.scenes import Camera
 from envs.calvin.stage import Stage
@@ -111,8 +111,7 @@ class Cameras:
         unseen = [] if self.stage.egl else self._robot_boxes(client).outside(view, projection)
         with hidden_parts(client, unseen):
             layer = draw(client, camera.width, camera.height, view, projection, self.look.light, egl=self.stage.egl)
-        rgb, depth = with_backdrop(layer, self._backdrop())
-        return rgb, depth_in_m(depth, camera.near_m, camera.far_m)
+        return rgb_and_depth(with_backdrop(layer, self._backdrop()), camera.near_m, camera.far_m)
 
     def _backdrop(self) -> tuple[int, int, int]:
         return (self.look.backdrop or BACKDROP_RGB) if self.simulation.own_assets else WHITE_RGB

@@ -23,6 +23,7 @@ BACKDROP_RGB = (222, 226, 232)
 
 Part = tuple[int, int]
 Layer = tuple[np.ndarray, np.ndarray]
+"""Colour uint8 (H, W, 4), row 0 at the top, its last channel of no meaning; PyBullet's raw depth float32 (H, W) in [0, 1]."""
 
 
 class LayeredCamera:
@@ -65,19 +66,19 @@ class LayeredCamera:
             self.resting_key = key
         self.last_key = key
         if self.resting_key != key:
-            rgb, depth = _over(self._draw(hidden=[*self.fixed, *unseen]), self.background)
+            image = _over(self._draw(hidden=[*self.fixed, *unseen]), self.background)
         else:  # worth a layer of its own
             if self.still_key != key:
                 self.still, self.still_key = _over(self._draw(hidden=self.fixed + self.movers), self.background), key
-            rgb, depth = _over(self._draw(hidden=[*self.fixed, *self.fixtures, *unseen]), self.still)
-        return rgb, depth_in_m(depth, NEAR_M, self.camera.far_m)
+            image = _over(self._draw(hidden=[*self.fixed, *self.fixtures, *unseen]), self.still)
+        return rgb_and_depth(image, NEAR_M, self.camera.far_m)
 
     def forget_fixtures(self) -> None:
         """Put the next images together as a new camera would; what has been drawn stays drawn."""
         self.last_key = self.resting_key = None
 
     def _draw(self, hidden: list[Part]) -> Layer:
-        """RGB and raw depth with some parts left out."""
+        """Everything but the hidden parts."""
         with hidden_parts(self.client, hidden):
             return draw(self.client, self.camera.width, self.camera.height, self.view, self.projection, self.light)
 
@@ -97,7 +98,7 @@ def hidden_parts(client: int, parts: list[Part]) -> Iterator[None]:
 
 
 def draw(client: int, width: int, height: int, view, projection, light: Light, egl: bool = False) -> Layer:
-    """uint8 RGB (H, W, 3) and PyBullet's raw depth float32 (H, W) in [0, 1], without shadows and segmentation.
+    """What a client shows, without shadows and segmentation.
 
     Every parameter of the light is sent each time: PyBullet keeps the last ones.
     """
@@ -116,7 +117,12 @@ def draw(client: int, width: int, height: int, view, projection, light: Light, e
         renderer=pb.ER_BULLET_HARDWARE_OPENGL if egl else pb.ER_TINY_RENDERER,
         physicsClientId=client,
     )
-    return np.reshape(rgba, (height, width, 4))[..., :3], np.reshape(depth, (height, width))
+    return np.reshape(np.asarray(rgba, np.uint8), (height, width, 4)), np.reshape(np.asarray(depth, np.float32), (height, width))
+
+
+def rgb_and_depth(layer: Layer, near_m: float, far_m: float) -> tuple[np.ndarray, np.ndarray]:
+    """A layer as uint8 RGB (H, W, 3) and float64 depth (H, W) [m]."""
+    return np.ascontiguousarray(layer[0][..., :3]), depth_in_m(layer[1], near_m, far_m)
 
 
 def depth_in_m(depth: np.ndarray, near_m: float, far_m: float) -> np.ndarray:
@@ -126,15 +132,21 @@ def depth_in_m(depth: np.ndarray, near_m: float, far_m: float) -> np.ndarray:
 
 def with_backdrop(layer: Layer, backdrop: tuple[int, int, int] = BACKDROP_RGB) -> Layer:
     """The layer with the backdrop's colour where nothing is."""
-    rgb, depth = layer
-    rgb = rgb.copy()
-    rgb[depth >= 1] = backdrop
-    return rgb, depth
+    colors, depth = layer
+    color = np.array([*backdrop, 255], dtype=np.uint8).view(np.uint32)
+    return _unpacked(np.where(depth >= 1, color, _packed(colors))), depth
 
 
 def _over(front: Layer, back: Layer) -> Layer:
     """The nearer of two layers, pixel by pixel."""
     nearer = front[1] < back[1]
-    rgb, depth = back[0].copy(), back[1].copy()
-    rgb[nearer], depth[nearer] = front[0][nearer], front[1][nearer]
-    return rgb, depth
+    return _unpacked(np.where(nearer, _packed(front[0]), _packed(back[0]))), np.where(nearer, front[1], back[1])
+
+
+def _packed(colors: np.ndarray) -> np.ndarray:
+    """One number a pixel, which numpy chooses from much faster: (H, W, 4) as (H, W)."""
+    return colors.view(np.uint32)[..., 0]
+
+
+def _unpacked(colors: np.ndarray) -> np.ndarray:
+    return colors[..., None].view(np.uint8)
