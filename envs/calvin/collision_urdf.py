@@ -6,10 +6,7 @@ repeats of corners (see `hulls`), and digits that a 32-bit float has no room for
 
 from __future__ import annotations
 
-import atexit
 import functools
-import shutil
-import tempfile
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from envs.calvin.hulls import HullBuilder, fewest_corners
+from envs.calvin.robot_urdf import temporary_folder
 
 SPECK = '<visual><geometry><box size="0.001 0.001 0.001"/></geometry></visual>'
 """PyBullet prepares a link's collision meshes for drawing where it has nothing else to draw."""
@@ -29,8 +27,7 @@ def collision_urdf(path: str, scaling: float = 1.0) -> str:
     Raises FileNotFoundError for a mesh that is missing.
     """
     tree = ET.parse(path)
-    folder = Path(tempfile.mkdtemp(prefix="emu3_vla_collision_"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = temporary_folder("emu3_vla_collision_")
     with HullBuilder() as builder:
         for link in tree.getroot().iter("link"):
             for visual in link.findall("visual"):

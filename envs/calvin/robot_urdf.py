@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -32,11 +33,14 @@ def robot_urdf(folder: Path, name: str) -> str:
     for part in text.split('filename="')[1:]:
         mesh = Path(part.split('"')[0])
         if not mesh.is_file():
-            raise FileNotFoundError(
-                f"{path} needs {mesh}, which does not exist; is pybullet (with pybullet_data) installed completely?"
-            )
-    temporary = Path(tempfile.mkdtemp(prefix="emu3_vla_robot_"))
-    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-    resolved = temporary / path.name
+            raise FileNotFoundError(f"{path} needs {mesh}, which does not exist; is pybullet (with pybullet_data) installed completely?")
+    resolved = temporary_folder("emu3_vla_robot_") / path.name
     resolved.write_text(text)
     return str(resolved)
+
+
+def temporary_folder(prefix: str) -> Path:
+    """A new folder that lives as long as this process. A forked child that ends before leaves it."""
+    folder, owner = Path(tempfile.mkdtemp(prefix=prefix)), os.getpid()
+    atexit.register(lambda: os.getpid() == owner and shutil.rmtree(folder, ignore_errors=True))
+    return folder
