@@ -275,9 +275,9 @@ class Simulation:
     def robot_obs(self) -> np.ndarray:
         """float64 (15,), as envs.spec.OBSERVATION describes."""
         position, euler = self.tool_pose()
-        fingers = [pb.getJointState(self.robot, joint, physicsClientId=self.client)[0] for joint in FINGER_JOINTS]
-        joints = [pb.getJointState(self.robot, joint, physicsClientId=self.client)[0] for joint in ARM_JOINTS]
-        return np.array([*position, *euler, sum(fingers), *joints, self.gripper_command])
+        states = pb.getJointStates(self.robot, (*ARM_JOINTS, *FINGER_JOINTS), physicsClientId=self.client)
+        *joints, left, right = (state[0] for state in states)
+        return np.array([*position, *euler, left + right, *joints, self.gripper_command])
 
     def scene_obs(self) -> np.ndarray:
         """float64 (24,), as envs.spec.OBSERVATION describes."""
