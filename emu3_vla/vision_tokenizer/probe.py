@@ -4,8 +4,8 @@ Two probes, trained on some episodes and tested on others. The *linear* one is r
 both cameras. It answers for lights; for blocks it is weak whatever the tokenizer, because one weight a position must say both what is
 there and where. The *keypoint* one shares its weights over positions: two 3×3 convolutions over the static camera's code vectors, a heat
 map for each block, the mean position under it (a soft arg max) and, linear in that position and in the features found there, the block's
-place in the world. Heat maps can settle on the wrong thing, so several start for each block, and the one that explains the training frames
-best counts.
+place in the world. Heat maps can settle on the wrong thing: several compete for each block, the worse half is drawn anew from time to time,
+and the one that explains the training frames best counts.
 
 A block behind the door, in the drawer or behind the arm is in no code; figures are given over all frames and over those that show it.
 
@@ -34,6 +34,8 @@ LIGHTS, LIGHT_COLUMNS, FIRST_BLOCK, BLOCK_COLUMNS = ("bulb", "led"), slice(4, 6)
 # A block is in sight if this many pixels of the static image (200×200) have its colour: a tenth of what an unhidden one covers.
 PIXELS_IN_SIGHT = 20
 RIDGE = 1e-3  # of the mean square of a feature
+# So often in a run, and until this share of it, the worse half of each block's heat maps is drawn anew.
+ROUNDS, RESTARTS_UNTIL = 10, 0.55
 MM = 1000.0
 
 
@@ -76,6 +78,7 @@ class Localisation:
     ninety_percent_mm: float
     in_sight_median_mm: float
     in_sight_ninety_percent_mm: float
+    in_sight_median_mm_of: dict[str, float]  # by colour
     light_accuracy: dict[str, float]
 
 
@@ -162,6 +165,9 @@ def localisation(places_mm: torch.Tensor, lights: torch.Tensor, test: ProbeData)
         ninety_percent_mm=round(distance.quantile(0.9).item(), 2),
         in_sight_median_mm=round(seen.quantile(0.5).item(), 2),
         in_sight_ninety_percent_mm=round(seen.quantile(0.9).item(), 2),
+        in_sight_median_mm_of={
+            colour: round(distance[:, block][test.in_sight[:, block]].nanmedian().item(), 2) for block, colour in enumerate(COLOURS)
+        },
         light_accuracy={name: round(value, 4) for name, value in zip(LIGHTS, right, strict=True)},
     )
 
@@ -188,11 +194,21 @@ class _KeypointProbe(nn.Module):
         self.second = nn.Conv2d(channels, channels, 3, padding=1)
         self.heat, self.offset = nn.Conv2d(channels, maps, 1), nn.Conv2d(channels, 2 * maps, 1)
         # Perspective bends straight lines a little: squares and the product of row and column as well.
-        self.from_place = nn.Parameter(0.3 * torch.randn(maps, 5, 3))
-        self.from_features = nn.Parameter(torch.zeros(maps, channels, 3))
-        self.to_scale = nn.Parameter(torch.zeros(maps, channels))
-        self.bias, self.scale_bias = nn.Parameter(torch.zeros(maps, 3)), nn.Parameter(torch.zeros(maps))
+        self.from_place, self.from_features = nn.Parameter(torch.empty(maps, 5, 3)), nn.Parameter(torch.empty(maps, channels, 3))
+        self.to_scale, self.bias = nn.Parameter(torch.empty(maps, channels)), nn.Parameter(torch.empty(maps, 3))
+        self.scale_bias = nn.Parameter(torch.empty(maps))
+        self.start_again(torch.arange(maps))
         self.lights = nn.Linear(vectors_KD.shape[1] * grid[0] * grid[1], len(LIGHTS))
+
+    @torch.no_grad()
+    def start_again(self, maps: torch.Tensor) -> None:
+        """Draw the heat maps `maps` anew, and what is read under them."""
+        channels = self.heat.in_channels
+        self.heat.weight[maps] = torch.randn(len(maps), channels, 1, 1) / channels**0.5
+        self.offset.weight.unflatten(0, (-1, 2))[maps] = 0
+        self.from_place[maps] = 0.3 * torch.randn(len(maps), 5, 3)
+        for zeroed in (self.heat.bias, self.from_features, self.to_scale, self.bias, self.scale_bias):
+            zeroed[maps] = 0
 
     def forward(self, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         inputs = self.vectors[codes].permute(0, 3, 1, 2)
@@ -220,7 +236,10 @@ def _train_keypoints(probe: _KeypointProbe, train: ProbeData, targets: torch.Ten
     optimizer = torch.optim.AdamW(probe.parameters(), lr=config.learning_rate, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=config.steps)
     running = torch.zeros(config.restarts, len(COLOURS))
-    for _ in range(config.steps):
+    for step in range(config.steps):
+        if step and step % max(1, config.steps // ROUNDS) == 0 and step < RESTARTS_UNTIL * config.steps:
+            worse = running.argsort(0)[config.restarts // 2 + config.restarts % 2 :]  # by now the convolutions see more than at the start
+            probe.start_again((worse * len(COLOURS) + torch.arange(len(COLOURS))).flatten())
         rows = torch.from_numpy(random.integers(len(train), size=config.batch_size))
         places, log_scale, logits = probe(train.codes[RGB_STATIC][rows])
         distance = (places - targets[rows][:, None]).norm(dim=-1)
