@@ -63,11 +63,15 @@ class Recorder(Watcher):
         self.shapes: list[dict[str, Any]] | None = None
         self.path_of_tool: list[np.ndarray] = []
 
-    def close(self) -> None:
-        """Finish the file and give it its name."""
+    def close(self, *, keep: bool = True) -> None:
+        """Finish the file and give it its name; or drop it, and what an earlier run left under that name."""
         self.stream.flush()
         self.stream.disconnect()
-        self.temporary.replace(self.path)
+        if keep:
+            self.temporary.replace(self.path)
+        else:
+            self.temporary.unlink()
+            self.path.unlink(missing_ok=True)
 
     # -- a chain goes by
 

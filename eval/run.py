@@ -21,6 +21,7 @@ from typing import Any
 import policies
 from envs.calvin.tasks import TASKS
 from eval.environment import EnvConfig
+from eval.keeping import RECORD_NONE, Keep, check_record
 from eval.progress import LiveLine, duration
 from eval.protocol import MAX_STEPS, load_instructions, select_chains, used_protocol
 from eval.provenance import policy_provenance
@@ -40,11 +41,13 @@ class EvalOptions:
     max_steps: int = MAX_STEPS  # control steps a subtask
     annotations: str = ""  # CALVIN's new_playtable_validation.yaml; empty: our own validation sentences
     tasks: tuple[str, ...] = ()  # only chains whose five subtasks are all among these; empty: all 34
+    record: str = RECORD_NONE  # Rerun recordings: none, failures (of chains not solved to the end) or all
 
     def __post_init__(self):
         for name, least in (("num_sequences", 1), ("workers", 1), ("max_steps", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"eval.{name}={getattr(self, name)}, expected at least {least}")
+        check_record(self.record)
         select_chains(self.num_sequences, self.tasks)
         load_instructions(self.annotations)
 
@@ -72,7 +75,14 @@ def main(config: EvalConfig) -> None:
     folder = Path(config.output_dir)
     instructions = load_instructions(config.eval.annotations)
     chains = select_chains(config.eval.num_sequences, config.eval.tasks)
-    job = Job(policy=config.policy, env=config.env, instructions=instructions, max_steps=config.eval.max_steps, seed=config.seed)
+    job = Job(
+        policy=config.policy,
+        env=config.env,
+        instructions=instructions,
+        max_steps=config.eval.max_steps,
+        seed=config.seed,
+        keep=Keep(folder=str(folder), max_steps=config.eval.max_steps, record=config.eval.record, title=f"policy {config.policy}"),
+    )
     began = time.perf_counter()
     with ChainLog(folder / CHAINS_FILE) as log, LiveLine() as line:
         meter = _Meter(line, total=len(chains), done=[log.done[index] for index, _ in chains if index in log.done])

@@ -20,6 +20,7 @@ from typing import Any
 
 from eval.chain import Attempt, ChainResult, Watcher, run_chain
 from eval.environment import EnvConfig, load_policy
+from eval.keeping import Keep, keeping_watcher
 from eval.sequences import Chain
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -45,6 +46,7 @@ class Job:
     instructions: dict[str, str]
     max_steps: int
     seed: int
+    keep: Keep | None = None
 
 
 def run_chains(
@@ -190,13 +192,14 @@ def _work(connection: Connection, job: Job) -> None:
         connection.send(("not ready", f"{error}"))
         return
     ticker = _Ticker(connection)
+    watcher = keeping_watcher(job.keep, ticker)
     connection.send(("ready", None))
     while True:
         try:
             index, chain = connection.recv()
         except EOFError:
             return
-        result = run_chain(env, policy, index, chain, job.instructions, max_steps=job.max_steps, seed=job.seed, watcher=ticker)
+        result = run_chain(env, policy, index, chain, job.instructions, max_steps=job.max_steps, seed=job.seed, watcher=watcher)
         connection.send(("finished", result.to_json()))
 
 
