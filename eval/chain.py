@@ -3,7 +3,10 @@
 A subtask starts where the last one ended (nothing is reset between them), has `max_steps` control steps, and is solved at the first
 step after which the oracle reports it, inside a chunk too: the rest of that chunk is dropped. The first unsolved subtask ends the chain.
 
-What happens in a chain depends on the seed, the chain and the policy alone, never on which chains ran before it.
+What happens in a chain depends on the seed, the chain, the variants and the policy alone, never on which chains ran before it.
+
+A chain is a generator that asks for decisions (`chain_steps`), so that one policy can decide for several simulators at once
+(eval.lockstep); `run_chain` answers it with one policy.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections import deque
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +23,7 @@ import numpy as np
 from envs.calvin.tasks import completed_tasks
 from envs.spec import CAMERAS, ROBOT_OBS, SCENE_OBS, InvalidAction, check_action
 from eval.sequences import Chain, Condition, initial_state
+from eval.variants import LateEyes, LateHands, Push, Variants, hold
 from policies.base import Policy
 
 if TYPE_CHECKING:
@@ -27,7 +32,10 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Attempt:
-    """One subtask as it went. `happened` are the tasks that the oracle saw between its start and its end, on failure only."""
+    """One subtask as it went. `happened` are the tasks that the oracle saw between its start and its end, on failure only.
+
+    pushed_steps: steps (of `steps`) on which a push took the place of the policy's action.
+    """
 
     task: str
     instruction: str
@@ -36,6 +44,7 @@ class Attempt:
     decisions: int = 0
     seconds: float = 0.0
     policy_seconds: float = 0.0
+    pushed_steps: int = 0
     happened: list[str] = field(default_factory=list)
 
 
@@ -43,6 +52,7 @@ class Attempt:
 class ChainResult:
     """One chain as it went. `error` tells what broke (simulator or policy); such a chain is no failure of the policy.
 
+    approach: the tasks that the scripted expert did first, to reach the state in which it begins (single-task evaluation alone).
     renderer, calvin_env: as the simulator that ran it names them; empty where the chain did not begin.
     """
 
@@ -53,13 +63,14 @@ class ChainResult:
     steps: int = 0
     seconds: float = 0.0
     attempts: list[Attempt] = field(default_factory=list)
+    approach: tuple[str, ...] = ()
     renderer: str = ""
     calvin_env: str = ""
     error: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As plain containers."""
-        return asdict(self) | {"subtasks": list(self.subtasks)}
+        return asdict(self) | {"subtasks": list(self.subtasks), "approach": list(self.approach)}
 
 
 class Watcher:
@@ -89,6 +100,36 @@ def subtask_seed(seed: int, chain: int, position: int) -> int:
     return int(np.random.SeedSequence([seed, chain, position]).generate_state(1)[0])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What every chain of an evaluation has in common. instructions: task → the sentence that the protocol says."""
+
+    instructions: dict[str, str]
+    max_steps: int
+    seed: int
+    variants: Variants = field(default_factory=Variants)
+
+
+Observation = dict[str, np.ndarray]
+Decisions = Generator[Observation, tuple[dict[str, Any], float], ChainResult]
+"""Yields observations, is sent (answer, seconds that it took) or thrown the policy's exception, returns how the chain went."""
+
+Start = Callable[["CalvinEnv", ChainResult, Rules], Observation]
+"""Puts the simulator into the state in which a chain begins, and returns robot_obs and scene_obs."""
+
+
+def official_start(env: CalvinEnv, result: ChainResult, rules: Rules) -> Observation:
+    """The protocol's initial state of the chain's condition, as far as the variants leave it."""
+    robot_obs, scene_obs = initial_state(result.initial_state, env.scene.name)
+    scene_obs = rules.variants.scene_obs(scene_obs, result.initial_state, env.scene.name, rules.seed, result.index)
+    return reset_to(env, {ROBOT_OBS: robot_obs, SCENE_OBS: scene_obs}, result.index, rules)
+
+
+def reset_to(env: CalvinEnv, state: Observation, index: int, rules: Rules) -> Observation:
+    """Reset into `state`; cameras are displaced as the chain's number says, where the variants ask for it."""
+    return env.reset(seed=rules.variants.reset_seed(rules.seed, index), options=state)[0]
+
+
 def run_chain(
     env: CalvinEnv,
     policy: Policy,
@@ -99,29 +140,59 @@ def run_chain(
     max_steps: int,
     seed: int,
     watcher: Watcher | None = None,
+    variants: Variants | None = None,
+    start: Start = official_start,
 ) -> ChainResult:
     """Run chain number `index` and say how it went.
 
     env: a CalvinEnv with observe="on_demand". An exception of the simulator or the policy (InvalidAction for an action that may not
     reach an arm) does not propagate: it becomes the result's `error`.
     """
+    rules = Rules(instructions=instructions, max_steps=max_steps, seed=seed, variants=variants or Variants())
+    steps = chain_steps(env, policy, index, chain, rules, watcher=watcher, start=start)
+    try:
+        observation = next(steps)
+        while True:
+            began = time.perf_counter()
+            try:
+                answer = policy.infer(observation)
+            except Exception as error:  # noqa: BLE001 - the chain records it
+                observation = steps.throw(error)
+            else:
+                observation = steps.send((answer, time.perf_counter() - began))
+    except StopIteration as ended:
+        return ended.value
+
+
+def chain_steps(
+    env: CalvinEnv,
+    policy: Policy,
+    index: int,
+    chain: Chain,
+    rules: Rules,
+    *,
+    watcher: Watcher | None = None,
+    start: Start = official_start,
+) -> Decisions:
+    """The chain as a generator of the observations that decisions are asked for; see `Decisions`. `policy` is told of chains and
+    subtasks, but never asked: that is the caller's part."""
     condition, subtasks = chain
     watcher = watcher or Watcher()
     result = ChainResult(index=index, initial_state=condition, subtasks=subtasks, renderer=env.renderer, calvin_env=env.version)
     began = time.perf_counter()
     try:
-        robot_obs, scene_obs = initial_state(condition, env.scene.name)
-        state, _ = env.reset(options={ROBOT_OBS: robot_obs, SCENE_OBS: scene_obs})
+        state = start(env, result, rules)
         begin_chain = getattr(policy, "begin_chain", None)
         if begin_chain is not None:  # the arm was put elsewhere: a policy that carries a belief about it between subtasks drops it
             begin_chain()
         watcher.chain_begins(env, index, subtasks)
         for position, task in enumerate(subtasks):
-            attempt = Attempt(task=task, instruction=instructions[task])
+            said = rules.variants.instruction(task, rules.instructions[task], rules.seed, index, position)
+            attempt = Attempt(task=task, instruction=said)
             result.attempts.append(attempt)
-            policy.reset(attempt.instruction, task=task, seed=subtask_seed(seed, index, position))
+            policy.reset(attempt.instruction, task=task, seed=subtask_seed(rules.seed, index, position))
             watcher.subtask_begins(position, attempt)
-            state = _run_subtask(env, policy, attempt, state, max_steps, watcher)
+            state = yield from _Subtask(env, policy, attempt, rules, watcher).steps(state, rules.variants.push(rules.seed, index, position))
             watcher.subtask_ends(position, attempt)
             if not attempt.success:
                 break
@@ -134,32 +205,55 @@ def run_chain(
     return result
 
 
-def _run_subtask(
-    env: CalvinEnv, policy: Policy, attempt: Attempt, state: dict[str, np.ndarray], max_steps: int, watcher: Watcher
-) -> dict[str, np.ndarray]:
-    began = time.perf_counter()
-    sees = bool(policy.requires & set(CAMERAS))
-    start = info = env.info()
-    pending: deque[np.ndarray] = deque()
-    while attempt.steps < max_steps and not attempt.success:
-        if not pending:
-            observation = env.observe() if sees else state
-            asked = time.perf_counter()
-            answer = policy.infer(observation)
-            attempt.policy_seconds += time.perf_counter() - asked
-            attempt.decisions += 1
-            pending.extend(checked_chunk(answer))
-            watcher.decided(answer)
-        action = pending.popleft()
-        before = state[ROBOT_OBS]
-        state, _, _, _, info = env.step(action)
-        attempt.steps += 1
-        attempt.success = attempt.task in completed_tasks(start, info, (attempt.task,))
-        watcher.stepped(env, action, before, attempt)
-    if not attempt.success:
-        attempt.happened = sorted(completed_tasks(start, info))
-    attempt.seconds = time.perf_counter() - began
-    return state
+class _Subtask:
+    """One subtask: the loop of looking, deciding, moving and judging."""
+
+    def __init__(self, env: CalvinEnv, policy: Policy, attempt: Attempt, rules: Rules, watcher: Watcher):
+        self.env, self.policy, self.attempt, self.watcher = env, policy, attempt, watcher
+        self.max_steps = rules.max_steps
+        sees = bool(policy.requires & set(CAMERAS))
+        self.eyes = LateEyes(env, sees, rules.variants.observation_latency)
+        self.hands = LateHands(rules.variants.action_latency) if rules.variants.action_latency else None
+        self.pending: deque[np.ndarray] = deque()
+
+    def steps(self, state: Observation, push: Push | None) -> Generator[Observation, tuple[dict[str, Any], float], Observation]:
+        """Returns the state at the end."""
+        env, attempt, pending = self.env, self.attempt, self.pending
+        began = time.perf_counter()
+        start = info = env.info()
+        while attempt.steps < self.max_steps and not attempt.success:
+            pushed = push is not None and push.covers(attempt.steps)
+            self.eyes.look(attempt.steps, len(pending), state)
+            if not pending and not pushed:
+                answer, seconds = yield self.eyes.seen()
+                attempt.policy_seconds += seconds
+                attempt.decisions += 1
+                pending.extend(checked_chunk(answer))
+                self.watcher.decided(answer)
+            action = self._action(state, push if pushed else None)
+            before = state[ROBOT_OBS]
+            state, _, _, _, info = env.step(action)
+            attempt.steps += 1
+            attempt.success = attempt.task in completed_tasks(start, info, (attempt.task,))
+            self.watcher.stepped(env, action, before, attempt)
+        if not attempt.success:
+            attempt.happened = sorted(completed_tasks(start, info))
+        attempt.seconds = time.perf_counter() - began
+        return state
+
+    def _action(self, state: Observation, push: Push | None) -> np.ndarray:
+        """What reaches the arm now: the policy's next action, late where there is latency, unless a push takes its place."""
+        action = self.pending.popleft() if self.pending else None
+        if self.hands is not None:
+            action = self.hands.executes(action, state)
+        if push is None:
+            return action
+        action = push.action(hold(state)[-1])
+        self.attempt.pushed_steps += 1
+        executed = getattr(self.policy, "executed", None)
+        if executed is not None:  # a policy that keeps account of where the arm was sent (the expert) is told
+            executed(action)
+        return action
 
 
 def checked_chunk(answer: dict[str, Any]) -> np.ndarray:

@@ -94,7 +94,7 @@ _BLOCK_ON_TABLE_M = (
 _YAW_RANGE_RAD = (np.pi / 2 - np.pi / 8, np.pi / 2 + np.pi / 8)
 _SPOTS_APART_M = 0.18
 # scene_obs: three blocks from entry 6, six numbers each (position, Euler), in the scene's order.
-_BLOCKS_AT = 6
+BLOCKS_AT = 6
 
 
 def long_horizon_sequences(n: int = OFFICIAL_CHAINS) -> list[Chain]:
@@ -160,7 +160,7 @@ def initial_state(condition: Condition, scene: str = "D") -> tuple[np.ndarray, n
     slots = list(layout.block_lengths)
     # Yaws are drawn for red, blue, pink in turn, which is the order of D's blocks.
     for colour, spot in zip(COLOURS, _block_spots(condition, spots, _slider_spots(layout)), strict=True):
-        at = _BLOCKS_AT + 6 * slots.index(colour)
+        at = BLOCKS_AT + 6 * slots.index(colour)
         scene_obs[at : at + 3] = spot
         scene_obs[at + 5] = random.uniform(*_YAW_RANGE_RAD)
     robot_obs = np.array(_NEUTRAL_ROBOT_OBS)
