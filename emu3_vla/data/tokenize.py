@@ -1,9 +1,10 @@
-"""`emu3-vla tokenize`: an episode store into a token store.
+"""`emu3-vla tokenize`: episode stores into one token store.
 
     emu3-vla tokenize episodes=outputs/collect/first vision_tokenizer=outputs/tokenizer/vision_tokenizer output_dir=outputs/tokens
+    emu3-vla tokenize 'episodes=[outputs/scene_a,outputs/scene_b]' vision_tokenizer=... output_dir=...
 
 Action and text tokenizers that are not given are fitted on the episodes. Worker processes take a shard each; shards that are there are
-skipped, so the same command goes on after a kill.
+skipped, so the same command goes on after a kill. Shards keep their numbers; those of a second store follow behind the first one's last.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import json
 import multiprocessing
 import os
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -38,14 +41,16 @@ from envs.spec import ACTION_DIM, CAMERAS, RGB_GRIPPER, RGB_STATIC, Episode
 
 # One thread encodes this many frames fastest: more no longer fit the caches.
 ENCODE_BATCH = 8
+# Codes are stored in two bytes.
+CODE_LIMIT = 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizeConfig:
     """Raises ValueError for values that cannot work."""
 
-    episodes: str  # folder of an episode store
-    vision_tokenizer: str  # folder, such as train-tokenizer leaves
+    episodes: str | tuple[str, ...]  # folder of an episode store, or a list of them
+    vision_tokenizer: str  # folder, such as train-tokenizer leaves; of either kind, with image_sizes in its config.json
     output_dir: str = ""
     action_tokenizer: str = ""  # folder of a FAST tokenizer; empty: fit on the episodes, with a normaliser
     normalizer: str = ""  # normalizer.json that goes with action_tokenizer
@@ -63,18 +68,61 @@ class TokenizeConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if bool(self.action_tokenizer) != bool(self.normalizer):
             raise ValueError("action_tokenizer and normalizer belong together: give both, or neither to have both fitted")
+        if not self.stores:
+            raise ValueError("episodes names no episode store")
+
+    @property
+    def stores(self) -> tuple[str, ...]:
+        return (self.episodes,) if isinstance(self.episodes, str) else tuple(self.episodes)
+
+
+class Sources:
+    """Episode stores in a fixed order. shards: number in the token store → (store, its own number); groups: these numbers by store."""
+
+    def __init__(self, paths: Sequence[str]):
+        """Raises FileNotFoundError or EpisodeStoreError for a folder that is no episode store."""
+        self.stores = [EpisodeStore.open(path) for path in paths]
+        self.shards: dict[int, tuple[EpisodeStore, int]] = {}
+        self.groups: list[list[int]] = []
+        for store in self.stores:
+            first = max(self.shards) + 1 if self.shards else 0
+            numbered = {first + index: (store, index) for index in store.shard_indices()}
+            self.shards |= numbered
+            self.groups.append(list(numbered))
+
+    def __str__(self) -> str:
+        return ", ".join(str(store.path) for store in self.stores)
+
+    def columns(self, names: Sequence[str]) -> list[dict[str, np.ndarray]]:
+        """Those arrays of every episode."""
+        return [columns for store, index in self.shards.values() for columns in store.read_columns(index, names)]
+
+    def wordings(self) -> dict[str, list[str]]:
+        """Sentences of each task: every store's, each once."""
+        joined: dict[str, list[str]] = {}
+        for store in self.stores:
+            for task, sentences in store.metadata.get("wordings", {}).items():
+                joined[task] = list(dict.fromkeys([*joined.get(task, []), *sentences]))
+        return joined
+
+    def totals(self) -> dict[str, Any]:
+        """As episodes.Totals, over all stores."""
+        each = [vars(store.totals()) for store in self.stores]
+        tasks = sum((Counter(totals["tasks"]) for totals in each), Counter())
+        counted = {name: sum(totals[name] for totals in each) for name in ("shards", "episodes", "steps", "frames")}
+        return counted | {"tasks": dict(sorted(tasks.items()))}
 
 
 def main(config: TokenizeConfig) -> None:
     """Write the missing shards of the token store in output_dir. Prints its folder."""
-    source = EpisodeStore.open(config.episodes)
-    store = _open_or_start(config, source)
+    sources = Sources(config.stores)
+    store = _open_or_start(config, sources)
     if store.missing_shards():
-        _write_missing(config, store)
+        _write_missing(config, sources, store)
     print(store.path)
 
 
-def _write_missing(config: TokenizeConfig, store: TokenStore) -> None:
+def _write_missing(config: TokenizeConfig, sources: Sources, store: TokenStore) -> None:
     """Shards that are not there yet, in worker processes, with a live bar."""
     missing = store.missing_shards()
     columns = (
@@ -91,7 +139,7 @@ def _write_missing(config: TokenizeConfig, store: TokenStore) -> None:
     with Progress(*columns) as progress, context.Pool(min(config.workers, len(missing))) as pool:
         total = len(store.metadata["shards"])
         bar = progress.add_task("", total=total, completed=total - len(missing), frames=0)
-        jobs = [(config.episodes, str(store.path), index) for index in missing]
+        jobs = [(str(sources.shards[number][0].path), sources.shards[number][1], str(store.path), number) for number in missing]
         for frames in pool.imap_unordered(_tokenize_shard, jobs):
             progress.update(bar, advance=1, frames=progress.tasks[bar].fields["frames"] + frames)
 
@@ -136,16 +184,16 @@ def _codes(tokenizers: Tokenizers, camera: str, images: np.ndarray) -> np.ndarra
     return codes
 
 
-def _tokenize_shard(job: tuple[str, str, int]) -> int:
-    """Tokenize one shard; returns its number of frames."""
+def _tokenize_shard(job: tuple[str, int, str, int]) -> int:
+    """Tokenize shard `index` of an episode store as shard `number` of a token store; returns its number of frames."""
     import torch
 
     torch.set_num_threads(1)
-    episodes, output, index = job
+    episodes, index, output, number = job
     store, tokenizers = _opened(output)
     horizon = store.metadata["horizon"]
-    tokenized = [tokenize_episode(e, index, tokenizers, horizon) for e in EpisodeStore.open(episodes).read_shard(index)]
-    store.write_shard(index, tokenized)
+    tokenized = [tokenize_episode(e, number, tokenizers, horizon) for e in EpisodeStore.open(episodes).read_shard(index)]
+    store.write_shard(number, tokenized)
     return sum(len(episode.frame_step) for episode in tokenized)
 
 
@@ -155,7 +203,7 @@ def _opened(output: str) -> tuple[TokenStore, Tokenizers]:
     return store, store.tokenizers()
 
 
-def _open_or_start(config: TokenizeConfig, source: EpisodeStore) -> TokenStore:
+def _open_or_start(config: TokenizeConfig, sources: Sources) -> TokenStore:
     """The store in output_dir: the one that is there if the same tokenizers wrote it, or a new one, tokenizers and all."""
     output = Path(config.output_dir)
     given = {VISION: config.vision_tokenizer, ACTION: config.action_tokenizer, TEXT: config.text_tokenizer}
@@ -166,29 +214,30 @@ def _open_or_start(config: TokenizeConfig, source: EpisodeStore) -> TokenStore:
     if (output / MANIFEST).exists():
         store = TokenStore.open(output)
         store.require_hashes({name: content_hash(path) for name, path in given.items()}, "the one given now")
-        _require_same_shards(store, source)
+        _require_same_shards(store, sources)
         return store
     output.mkdir(parents=True, exist_ok=True)
     for name, path in given.items():
         _copy(path, output / name)
     if ACTION not in given:
-        _fit_action_tokenizer(config, source, output)
+        _fit_action_tokenizer(config, sources, output)
     if TEXT not in given:
-        TextTokenizer.fit(_wordings(source), vocab_size=config.text_vocab_size).save_pretrained(output / TEXT)
-    return TokenStore.create(output, _metadata(config, source, output))
+        TextTokenizer.fit(_sentences(sources), vocab_size=config.text_vocab_size).save_pretrained(output / TEXT)
+    return TokenStore.create(output, _metadata(config, sources, output))
 
 
-def _require_same_shards(store: TokenStore, source: EpisodeStore) -> None:
-    if store.metadata["shards"] != source.shard_indices():
+def _require_same_shards(store: TokenStore, sources: Sources) -> None:
+    if store.metadata["shards"] != list(sources.shards):
         raise ValueError(
-            f"{source.path} has {len(source.shard_indices())} shards now and had {len(store.metadata['shards'])} when {store.path} "
+            f"{sources} has {len(sources.shards)} shards now and had {len(store.metadata['shards'])} when {store.path} "
             "was started; tokenize into a new folder"
         )
 
 
-def _metadata(config: TokenizeConfig, source: EpisodeStore, output: Path) -> dict:
+def _metadata(config: TokenizeConfig, sources: Sources, output: Path) -> dict:
     tokenizers = TokenStore(output, {}).tokenizers()
-    totals = source.totals()
+    if tokenizers.vision.codebook_size > CODE_LIMIT:
+        raise ValueError(f"{config.vision_tokenizer} has {tokenizers.vision.codebook_size} codes, expected at most {CODE_LIMIT}")
     return {
         "horizon": config.horizon,
         "action_dim": ACTION_DIM,
@@ -196,36 +245,35 @@ def _metadata(config: TokenizeConfig, source: EpisodeStore, output: Path) -> dic
         "codebook_size": tokenizers.vision.codebook_size,
         "action_vocab_size": tokenizers.action.vocab_size,
         "text_vocab_size": tokenizers.text.vocab_size,
-        "wordings": source.metadata["wordings"],
-        "shards": source.shard_indices(),
-        "source": {"episodes": config.episodes, "metadata": json.loads(json.dumps(source.metadata)), "totals": vars(totals)},
+        "wordings": sources.wordings(),
+        "shards": list(sources.shards),
+        "shard_groups": sources.groups,
+        "source": {
+            "episodes": list(config.stores),
+            "metadata": json.loads(json.dumps([store.metadata for store in sources.stores])),
+            "totals": sources.totals(),
+        },
     }
 
 
-def _fit_action_tokenizer(config: TokenizeConfig, source: EpisodeStore, output: Path) -> None:
+def _fit_action_tokenizer(config: TokenizeConfig, sources: Sources, output: Path) -> None:
     """The normaliser on the demonstrator's own actions, FAST on every chunk that will have to be written."""
-    episodes = [
-        columns
-        for index in source.shard_indices()
-        for columns in source.read_columns(index, ("actions", "imitate", "frame_step"))
-    ]
+    episodes = sources.columns(("actions", "imitate", "frame_step"))
     if not episodes:
-        raise ValueError(f"{source.path} holds no episode; collect some before tokenizing")
+        raise ValueError(f"{sources} holds no episode; collect some before tokenizing")
     own = np.concatenate([columns["actions"][columns["imitate"]] for columns in episodes])
     normalizer = ActionNormalizer.fit(own, mode=config.action_range)
     chunks = np.concatenate([chunks_of(c["actions"], c["frame_step"], config.horizon) for c in episodes])
-    tokenizer = FastTokenizer.fit(
-        normalizer.normalize(chunks), scale=config.action_scale, vocab_size=config.action_vocab_size
-    )
+    tokenizer = FastTokenizer.fit(normalizer.normalize(chunks), scale=config.action_scale, vocab_size=config.action_vocab_size)
     tokenizer.save_pretrained(output / ACTION)
     normalizer.save(output / NORMALIZER)
 
 
-def _wordings(source: EpisodeStore) -> Sequence[str]:
-    """Every sentence of the store's wordings. Raises ValueError where it has none."""
-    sentences = [sentence for wordings in source.metadata.get("wordings", {}).values() for sentence in wordings]
+def _sentences(sources: Sources) -> Sequence[str]:
+    """Every sentence of the stores' wordings. Raises ValueError where there is none."""
+    sentences = [sentence for wordings in sources.wordings().values() for sentence in wordings]
     if not sentences:
-        raise ValueError(f"{source.path} has no wordings in its metadata, so no text tokenizer can be fitted; give text_tokenizer=")
+        raise ValueError(f"{sources} has no wordings in its metadata, so no text tokenizer can be fitted; give text_tokenizer=")
     return sentences
 
 

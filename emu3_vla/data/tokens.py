@@ -57,7 +57,7 @@ class TokenizedEpisode:
     frame_step     int64 (F,)         ascending
     action_ids     F lists            FAST ids of the normalised actions [step, step + horizon); past the end zero motion, gripper kept
     chunk_imitate  bool (F,)          every action of that chunk is the demonstrator's own
-    shard: number of the shard that it lies in, which is also the episode store's.
+    shard: number of the shard that it lies in, which is also the episode store's where there is one store.
     """
 
     task: str
@@ -91,7 +91,7 @@ class TokenStore:
 
     horizon, action_dim: shape of a chunk. grids: {camera: [rows, columns]}. codebook_size, action_vocab_size,
     text_vocab_size. wordings: {task: sentences}. hashes: of each tokenizer. shards: numbers of all shards that belong to it.
-    source: the episode store (its folder as given, metadata).
+    shard_groups: the same by episode store. source: the episode stores (their folders as given, metadata, totals).
     """
 
     def __init__(self, path: Path, metadata: dict[str, Any]):
@@ -178,11 +178,7 @@ class TokenStore:
             rows = slice(frame, frame + record["frames"])
             ids = [columns["action_ids"][starts[row] : starts[row + 1]].tolist() for row in range(rows.start, rows.stop)]
             arrays = {name: columns[name][rows] for name in ("static_codes", "gripper_codes", "frame_step", "chunk_imitate")}
-            episodes.append(
-                TokenizedEpisode(
-                    task=record["task"], instruction=record["instruction"], shard=index, action_ids=ids, **arrays
-                )
-            )
+            episodes.append(TokenizedEpisode(task=record["task"], instruction=record["instruction"], shard=index, action_ids=ids, **arrays))
             frame = rows.stop
         return episodes
 
@@ -200,7 +196,9 @@ class TokenStore:
     def split(self, validation_fraction: float) -> tuple[list[TokenizedEpisode], list[TokenizedEpisode]]:
         """Episodes to train on and episodes held out, by whole shards: the shards that the vision tokenizer's training held out at the
         same fraction. Raises ValueError where too few shards are there."""
-        train, held_out = split_shards(self.metadata["shards"], validation_fraction)
+        groups = self.metadata.get("shard_groups", [self.metadata["shards"]])  # absent in stores of before there were several
+        splits = [split_shards(group, validation_fraction) for group in groups]
+        train, held_out = ([shard for split in splits for shard in split[side]] for side in (0, 1))
         return self.episodes(train), self.episodes(held_out)
 
     def tokenizers(self) -> Tokenizers:

@@ -90,6 +90,11 @@ class VisionTokenizer(nn.Module):
 
     def image_size(self, camera: str) -> int:
         """Side in pixels at which `camera` is read. Raises VisionTokenizerError for a camera it was not trained on."""
+        if not self.image_sizes:
+            raise VisionTokenizerError(
+                "this vision tokenizer states no size for any camera, as published ones do not: set its image_sizes, "
+                "e.g. {'rgb_static': 200, 'rgb_gripper': 80}, and save_pretrained it into a folder of your own"
+            )
         if camera not in self.image_sizes:
             raise VisionTokenizerError(
                 f"this vision tokenizer knows no camera {camera!r}; it was trained on {', '.join(sorted(self.image_sizes))}"

@@ -11,6 +11,8 @@ from action_tokenizer import ActionNormalizer
 from emu3_vla.data.episodes import EpisodeStore
 from emu3_vla.data.tokenize import TokenizeConfig, chunks_of, main, own_chunks
 from emu3_vla.data.tokens import TokenStore, TokenStoreError
+from emu3_vla.vision_tokenizer import VisionTokenizerError
+from emu3_vla.vision_tokenizer.emu3 import Emu3Config, Emu3Tokenizer
 from emu3_vla.vision_tokenizer.light import LightConfig, LightTokenizer
 from envs.spec import Episode
 
@@ -118,6 +120,40 @@ def test_two_workers_and_a_resumed_run_give_the_same_store(folder, tokens):
 def test_split_is_by_whole_shards(tokens):
     train, held_out = tokens.split(0.3)
     assert {episode.shard for episode in held_out} == {1} and {episode.shard for episode in train} == {0, 2}
+
+
+def test_several_stores_become_one(folder, tokens, tmp_path):
+    second = EpisodeStore.create(tmp_path / "second", {"wordings": {"open_drawer": ["open it"]}})
+    for shard in (0, 4):
+        second.write_shard(shard, [make_episode(11 + shard, 23)])
+    config = dataclasses.replace(
+        config_for(folder, "x"), episodes=(str(folder / "episodes"), str(second.path)), output_dir=str(tmp_path / "out")
+    )
+    main(config)
+    both = TokenStore.open(tmp_path / "out")
+    assert both.metadata["shards"] == [0, 1, 2, 3, 7] and both.metadata["shard_groups"] == [[0, 1, 2], [3, 7]]
+    assert both.metadata["wordings"]["open_drawer"] == ["open the drawer", "pull the drawer open", "open it"]
+    assert both.metadata["source"]["totals"]["episodes"] == 8
+    codes = both.tokenizers().vision.encode_camera("rgb_static", make_episode(15, 23).rgb_static)
+    assert np.mean(both.read_shard(7)[0].static_codes == codes.numpy()) > 0.999
+    train, held_out = both.split(0.3)  # each store on its own, as train-tokenizer splits them
+    assert sorted({episode.shard for episode in held_out}) == [1, 3] and sorted({episode.shard for episode in train}) == [0, 2, 7]
+
+
+def test_emu3_tokenizes_too_and_must_know_the_cameras(folder, tmp_path):
+    tiny = Emu3Config(codebook_size=64, base_channels=32, channel_multiplier=(1, 1), residual_blocks=1, attention_levels=(1,))
+    tokenizer = Emu3Tokenizer.from_sizes(dataclasses.replace(tiny, image_sizes={"rgb_static": 32, "rgb_gripper": 16})).eval()
+    tokenizer.save_pretrained(tmp_path / "vision")
+    config = dataclasses.replace(config_for(folder, "x"), vision_tokenizer=str(tmp_path / "vision"), output_dir=str(tmp_path / "out"))
+    main(config)
+    store = TokenStore.open(tmp_path / "out")
+    assert store.metadata["grids"] == {"rgb_static": [16, 16], "rgb_gripper": [8, 8]} and store.metadata["codebook_size"] == 64
+    expected = tokenizer.encode_camera("rgb_static", make_episode(0, 23).rgb_static).numpy()
+    assert np.mean(store.read_shard(0)[0].static_codes == expected) > 0.99
+    tokenizer.image_sizes = {}
+    tokenizer.save_pretrained(tmp_path / "sizeless")
+    with pytest.raises(VisionTokenizerError, match="states no size for any camera, .* set its image_sizes"):
+        main(dataclasses.replace(config, vision_tokenizer=str(tmp_path / "sizeless"), output_dir=str(tmp_path / "other")))
 
 
 def test_tokenizers_can_be_given(folder, tokens):
