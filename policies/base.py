@@ -34,7 +34,9 @@ class Policy(Protocol):
         """Decide.
 
         Returns {"actions": float32 (T, 7), ...}: T >= 1 actions to execute in order, at 30 Hz, before the next call. Further
-        keys are for recordings: "timing_s" {stage: seconds}, "token_ids", "entropy".
+        keys are for recordings: "timing_s" {stage: seconds}; "token_ids"; "entropy", nats per id; "coefficients" (F, 7), DCT
+        coefficients of the chunk, lowest frequency first; "clipped", how many values were clamped; "imagined" {camera's observation
+        key: uint8 (H, W, 3)}, what the policy expects the cameras to see once all T actions were executed.
         Raises a named error rather than returning a stand-in for a decision that failed.
         """
         ...

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from action_tokenizer.dct import quantize
 from emu3_vla.checkpoint import load
 from emu3_vla.documents import ActionChunk, Image, Segment, Text, collate, length_of
 from emu3_vla.generation.actions import ActionWriter
@@ -95,6 +96,7 @@ class Emu3Policy:
         """Decide on the next chunk.
 
         Returns "actions" float32 (horizon, 7); "token_ids" list; "entropy" list, nats per id; "probability" of the ids written;
+        "coefficients" int64 (horizon, 7), the scaled DCT coefficients, lowest frequency first, that the ids stand for;
         "clipped", how many of the decoded values left [-1, 1]; "timing_s" by stage.
         Raises ValueError before the first `reset` and for missing or wrong images, DecodingFailed if the model's output is not finite.
         """
@@ -108,7 +110,7 @@ class Emu3Policy:
         with _timed(timing, "decode"):
             written = self._writer.write(self._trunk, state_H, self._generator)
         with _timed(timing, "detokenize"):
-            actions, clipped = self._actions(written.ids)
+            actions, clipped, coefficients = self._actions(written.ids)
         self._remember([*images, ActionChunk(written.ids)])
         return {
             "actions": actions,
@@ -116,6 +118,7 @@ class Emu3Policy:
             "entropy": written.entropy,
             "probability": written.probability,
             "clipped": clipped,
+            "coefficients": coefficients,
             "timing_s": timing,
         }
 
@@ -145,14 +148,16 @@ class Emu3Policy:
             self._past = self._past[len(self._past) - self.history :]
             self._trunk.truncate(length_of([self._text], self.checkpoint.vocabulary))
 
-    def _actions(self, ids: list[int]) -> tuple[np.ndarray, int]:
-        """Actions of the ids: float32 (horizon, 7) within [-1, 1], and how many values had to be clipped to that."""
-        normalised = self.checkpoint.action_tokenizer.decode([ids], **self._shape)[0]
-        actions = self.checkpoint.normalizer.denormalize(normalised)
+    def _actions(self, ids: list[int]) -> tuple[np.ndarray, int, np.ndarray]:
+        """Actions of the ids, float32 (horizon, 7) within [-1, 1]; how many values had to be clipped to that; DCT coefficients."""
+        tokenizer = self.checkpoint.action_tokenizer
+        normalised_NTA = tokenizer.decode([ids], **self._shape)
+        actions = self.checkpoint.normalizer.denormalize(normalised_NTA[0])
         motion = actions[:, :-1]
         clipped = int((np.abs(motion) > 1).sum())
         gripper = np.where(actions[:, -1:] >= 0, GRIPPER_OPEN, GRIPPER_CLOSE)
-        return np.concatenate([motion.clip(-1, 1), gripper], axis=1).astype(np.float32), clipped
+        clamped = np.concatenate([motion.clip(-1, 1), gripper], axis=1).astype(np.float32)
+        return clamped, clipped, quantize(normalised_NTA, tokenizer.scale)[0]
 
 
 @contextmanager

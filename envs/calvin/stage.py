@@ -159,6 +159,8 @@ class Stage:
 
     def visual_shapes(self) -> list[dict]:
         """What is to be seen, once; see `Simulation.visual_shapes`."""
+        if self.egl:
+            return self._shapes_by_tiny()
         client = self.synced()
         shapes = []
         for uid, name in self.simulation.body_names.items():
@@ -179,6 +181,15 @@ class Stage:
                     }
                 )
         return shapes
+
+    def _shapes_by_tiny(self) -> list[dict]:
+        """PyBullet leaves the file names of a client with the EGL plugin unset: they are read from one without it."""
+        plain = Stage(self.simulation, egl=False)
+        plain.look = self.look
+        try:
+            return plain.visual_shapes()
+        finally:
+            plain.close()
 
 
 def _add_pedestal(client: int) -> int:
