@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from emu3_vla.data.episodes import EpisodeStore
+from emu3_vla.data.episodes import FRAMES_PER_CHUNK, EpisodeStore
 from emu3_vla.vision_tokenizer.images import from_bytes, resize
 from emu3_vla.vision_tokenizer.losses import median_image
 
@@ -78,6 +78,8 @@ def load_frames(sources: Sequence[Source], camera: str, size: int, limit: int, c
     per_source = [sum(sum(records) for records in counts[start:end]) for start, end in _spans([len(shards) for _, shards in sources])]
     starts = np.concatenate([[0], np.cumsum(per_source)])
     source = np.searchsorted(starts, chosen, side="right") - 1
+    if without := [str(store.path) for number, (store, _) in enumerate(sources) if number not in source]:
+        raise ValueError(f"of {limit} frames none is of {', '.join(without)}; ask for more, or leave that store out")
     return Frames(
         images=_read(sources, counts, camera, size, chosen),
         store=torch.from_numpy(source),
@@ -112,9 +114,16 @@ def _read(sources: Sequence[Source], counts: list[list[int]], camera: str, size:
         local = chosen[(chosen >= start) & (chosen < start + count)] - start
         start += count
         if len(local):
-            images[filled : filled + len(local)] = resize(store.read_frames(camera, shard)[local], size)
+            images[filled : filled + len(local)] = resize(read_rows(store, camera, shard, local, count), size)
             filled += len(local)
     return images
+
+
+def read_rows(store: EpisodeStore, camera: str, shard: int, rows: np.ndarray, count: int) -> np.ndarray:
+    """Frames `rows` (ascending) of a shard that holds `count`: uint8 (len(rows), H, W, 3). Reads no more of it than it must."""
+    if len(rows) * FRAMES_PER_CHUNK > count:
+        return store.read_frames(camera, shard)[rows]
+    return np.concatenate([store.read_frames(camera, shard, slice(int(row), int(row) + 1)) for row in rows])
 
 
 def _spans(counts: Sequence[int]) -> list[tuple[int, int]]:

@@ -24,7 +24,7 @@ from torch import nn
 
 from emu3_vla.data.episodes import EpisodeStore
 from emu3_vla.vision_tokenizer.base import VisionTokenizer
-from emu3_vla.vision_tokenizer.frames import Frames
+from emu3_vla.vision_tokenizer.frames import Frames, read_rows
 from envs.spec import RGB_STATIC, SCENE_OBS
 
 COLOURS = ("red", "blue", "pink")
@@ -44,7 +44,7 @@ class ProbeConfig:
     """Raises ValueError for values that cannot work."""
 
     frames: int = 8000  # to train the probes on; the held-out shards' frames are the test
-    steps: int = 4000  # of the keypoint probe; 0: the linear probe alone
+    steps: int = 8000  # of the keypoint probe; 0: the linear probe alone
     batch_size: int = 32
     channels: int = 32
     restarts: int = 4  # heat maps for each block
@@ -95,22 +95,27 @@ def scene_states(stores: Sequence[EpisodeStore], shards: Sequence[Sequence[int]]
             raise ValueError(
                 f"{store.path} says scene={scene!r}; the probe knows the blocks of scenes {', '.join(BLOCK_ORDER)}: set probe=false"
             )
-        states, sight = _read_states(store, indices)
+        states, sight = _read_states(store, indices, rows)
         order = [BLOCK_ORDER[scene].index(colour) for colour in COLOURS]
-        blocks = states[rows, FIRST_BLOCK:].reshape(len(rows), len(COLOURS), BLOCK_COLUMNS)[:, order, :3]
-        parts.append((blocks * MM, states[rows, LIGHT_COLUMNS] > 0.5, sight[rows]))
+        blocks = states[:, FIRST_BLOCK:].reshape(len(rows), len(COLOURS), BLOCK_COLUMNS)[:, order, :3]
+        parts.append((blocks * MM, states[:, LIGHT_COLUMNS] > 0.5, sight))
     names = ("positions_mm", "lights", "in_sight")
     joined = {name: torch.from_numpy(np.concatenate(part)) for name, part in zip(names, zip(*parts, strict=True), strict=True)}
     return joined | {"positions_mm": joined["positions_mm"].float()}
 
 
-def _read_states(store: EpisodeStore, shards: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """scene_obs (F, 24) at every frame of the shards, and which blocks it shows (F, 3)."""
-    states, sight = [], []
+def _read_states(store: EpisodeStore, shards: Sequence[int], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """scene_obs (F, 24) at the frames `rows` of all the shards' frames, ascending, and which blocks they show (F, 3)."""
+    states, sight, start = [], [], 0
     for shard in shards:
-        columns = store.read_columns(shard, (SCENE_OBS, "frame_step"))
-        states += [episode[SCENE_OBS][episode["frame_step"]] for episode in columns]
-        sight.append(blocks_in_sight(store.read_frames(RGB_STATIC, shard)))
+        every = np.concatenate(
+            [episode[SCENE_OBS][episode["frame_step"]] for episode in store.read_columns(shard, (SCENE_OBS, "frame_step"))]
+        )
+        local = rows[(rows >= start) & (rows < start + len(every))] - start
+        start += len(every)
+        if len(local):
+            states.append(every[local])
+            sight.append(blocks_in_sight(read_rows(store, RGB_STATIC, shard, local, len(every))))
     return np.concatenate(states), np.concatenate(sight)
 
 

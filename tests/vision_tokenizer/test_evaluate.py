@@ -182,6 +182,7 @@ class _Toy(torch.nn.Module):
         return clips.mean((3, 4)).flatten(1)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_a_given_torchscript_network_takes_its_place(tmp_path):
     torch.jit.script(_Toy()).save(str(tmp_path / "toy.pt"))
     features = TorchScriptFeatures(tmp_path / "toy.pt")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from emu3_vla.data.episodes import EpisodeStore
-from emu3_vla.vision_tokenizer.frames import load_frames
+from emu3_vla.vision_tokenizer.frames import load_frames, read_rows
 from envs.spec import Episode
 
 
@@ -58,6 +58,11 @@ def test_thinning_keeps_whole_clips_or_every_so_many_frames(stores):
     assert values(clips.images) == [0, 1, 2, 3, 44, 45, 46, 47] and clips.clips.tolist() == [0, 4]
 
 
+def test_few_rows_are_read_as_many_are(stores):
+    many, few = np.arange(9), np.array([7])
+    assert np.array_equal(read_rows(stores[0], "rgb_static", 1, few, 9), read_rows(stores[0], "rgb_static", 1, many, 9)[few])
+
+
 def test_medians_are_of_each_store(stores):
     frames = load_frames([(stores[0], [1]), (stores[1], [0])], "rgb_gripper", 8, limit=100)
     medians = (frames.medians() + 1) * 127.5
@@ -79,3 +84,5 @@ def test_what_is_too_short_is_named(stores, tmp_path):
         load_frames([(stores[1], [0])], "rgb_static", 8, limit=100, clip_length=7)
     with pytest.raises(ValueError, match="hold no frame; collect episodes with images first"):
         load_frames([(stores[1], [])], "rgb_static", 8, limit=100)
+    with pytest.raises(ValueError, match="of 1 frames none is of .*second; ask for more"):
+        load_frames([(stores[0], [0, 1]), (stores[1], [0])], "rgb_static", 8, limit=1)
