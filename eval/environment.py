@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import policies
@@ -36,8 +36,8 @@ class EnvConfig:
     renderer: str = DEFAULT_RENDERER  # tiny (on the CPU) or egl (on the GPU)
 
     def __post_init__(self):
-        _choose("env.simulator", self.simulator, SIMULATORS)
-        _choose("env.renderer", self.renderer, RENDERERS)
+        choose("env.simulator", self.simulator, SIMULATORS)
+        choose("env.renderer", self.renderer, RENDERERS)
         scene = scene_named(self.scene)
         if self.simulator == ORIGINAL:
             self._check_original()
@@ -54,12 +54,17 @@ class EnvConfig:
         """What results call the assets."""
         return OWN_ASSETS_NAME if self.own_assets else self.assets or "those of the installed calvin_env"
 
-    def make(self) -> CalvinEnv | OfficialCalvinEnv:
-        """A simulator that renders only when asked to."""
+    def make(self, camera_jitter: float = 0.0) -> CalvinEnv | OfficialCalvinEnv:
+        """A simulator that renders only when asked to. camera_jitter: of its cameras, drawn at each reset; for our own simulator alone."""
         with _quiet_import():
             from envs.calvin.env import CalvinEnv
 
         shared: dict[str, Any] = {"scene": self.scene, "assets": self.assets or None, "observe": "on_demand"}
+        if camera_jitter:
+            from envs.calvin.randomization import Randomization
+
+            self.check_variants(camera_jitter)
+            shared["randomization"] = Randomization(camera_jitter=camera_jitter)
         if self.simulator == ORIGINAL:
             from envs.calvin_official import OfficialCalvinEnv
 
@@ -69,6 +74,13 @@ class EnvConfig:
         if self.renderer != DEFAULT_RENDERER:
             shared["renderer"] = self.renderer
         return CalvinEnv(**shared)
+
+    def check_variants(self, camera_jitter: float) -> None:
+        """Raises ValueError for a variant that this simulator does not have."""
+        if camera_jitter and self.simulator == ORIGINAL:
+            raise ValueError(
+                f"eval.variant=camera_jitter is not for env.simulator={ORIGINAL}: its cameras stand where its configuration puts them"
+            )
 
     def _check_original(self) -> None:
         with _quiet_import():
@@ -88,13 +100,28 @@ class EnvConfig:
         official_assets(self.assets or None, scene_named(self.scene))
 
 
-def load_policy(name: str, env: EnvConfig) -> Policy:
+@dataclass(frozen=True, kw_only=True)
+class PolicyOptions:
+    """What the policy is made with instead of its own defaults. A policy that has no such option refuses it, naming those it has."""
+
+    history: int | None = None  # past chunks that are shown to a checkpoint
+    temperature: float | None = None  # of the action ids that it draws; 0 takes the likeliest
+    device: str | None = None  # cpu, cuda, cuda:1
+    dtype: str | None = None  # float32 or bfloat16
+
+    def given(self) -> dict[str, Any]:
+        """Those that are not left to the policy."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def load_policy(name: str, env: EnvConfig, options: PolicyOptions | None = None) -> Policy:
     """The policy called `name`; a policy with privileged knowledge of the scene is told which one it is."""
-    options: dict[str, Any] = {"scene": env.scene} if name == "expert" else {}
-    return policies.load(name, **options)
+    told: dict[str, Any] = {"scene": env.scene} if name == "expert" else {}
+    return policies.load(name, **told, **(options.given() if options else {}))
 
 
-def _choose(option: str, value: str, known: tuple[str, ...]) -> None:
+def choose(option: str, value: str, known: tuple[str, ...]) -> None:
+    """Raises ValueError where `value` is not among `known`."""
     if value not in known:
         close = difflib.get_close_matches(value, known, n=1)
         raise ValueError(f"{option}={value} is not one of {', '.join(known)}" + (f"; did you mean {close[0]!r}?" if close else ""))

@@ -1,6 +1,7 @@
-"""What CALVIN's long-horizon protocol is, what an evaluation did, and where the two differ.
+"""What CALVIN's two protocols are, what an evaluation did, and where the two differ.
 
-Source: CALVIN (arXiv 2112.03227), LH-MTLC; mees/calvin calvin_models/calvin_agent/evaluation/evaluate_policy.py.
+Source: CALVIN (arXiv 2112.03227), LH-MTLC and MTLC; mees/calvin calvin_models/calvin_agent/evaluation/evaluate_policy.py and
+evaluate_policy_singlestep.py, and conf/callbacks/rollout_lh for the number of rollouts.
 """
 
 from __future__ import annotations
@@ -15,47 +16,108 @@ from envs.calvin.language import validation_instruction
 from envs.calvin.tasks import TASKS
 from eval.sequences import CHAIN_LENGTH, OFFICIAL_CHAINS, Chain, long_horizon_sequences
 
+LH_MTLC, MTLC = PROTOCOLS = ("lh_mtlc", "mtlc")
+"""Long-horizon: chains of five subtasks. Single-task: each task by itself."""
 MAX_STEPS = 360
+SINGLE_TASK_MAX_STEPS = 240
+ROLLOUTS_PER_TASK = 10
 CALVINS_SENTENCES = "CALVIN's validation sentences (new_playtable_validation.yaml, first of each task)"
 OWN_SENTENCES = "emu3-vla's own validation sentences"
 CALVINS_ASSETS = "calvin_env data/"
 
-OFFICIAL: dict[str, Any] = {
-    "name": "CALVIN LH-MTLC",
-    "chains": OFFICIAL_CHAINS,
-    "subtasks_per_chain": CHAIN_LENGTH,
-    "max_steps": MAX_STEPS,
+CALVINS_STARTS = "the first frames of CALVIN's annotated validation episodes"
+REACHED_STARTS = "states that the scripted expert reached by one to three other tasks"
+
+_SHARED: dict[str, Any] = {
     "tasks": len(TASKS),
     "scene": "D",
     "assets": CALVINS_ASSETS,
     "calvin_env": "1431a46",
     "instructions": CALVINS_SENTENCES,
     "control_hz": 30,
-    "reset_between_subtasks": False,
     "success": "the first step on which the task oracle reports the subtask",
+    "variants": {},
+}
+
+OFFICIAL: dict[str, Any] = {
+    "name": "CALVIN LH-MTLC",
+    "chains": OFFICIAL_CHAINS,
+    "subtasks_per_chain": CHAIN_LENGTH,
+    "max_steps": MAX_STEPS,
+    **_SHARED,
+    "reset_between_subtasks": False,
+}
+
+OFFICIAL_SINGLE_TASK: dict[str, Any] = {
+    "name": "CALVIN MTLC",
+    "rollouts_per_task": ROLLOUTS_PER_TASK,
+    "starts": CALVINS_STARTS,
+    "max_steps": SINGLE_TASK_MAX_STEPS,
+    **_SHARED,
 }
 
 
 def used_protocol(
-    *, chains: int | str, max_steps: int, tasks: int, scene: str, own_assets: bool, version: str, own_sentences: bool
+    *,
+    chains: int | str,
+    max_steps: int,
+    tasks: int,
+    scene: str,
+    own_assets: bool,
+    version: str,
+    own_sentences: bool,
+    variants: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The protocol as an evaluation followed it: the fields of OFFICIAL with what was used instead.
+    """The long-horizon protocol as an evaluation followed it: the fields of OFFICIAL with what was used instead.
 
-    chains: how many of the official ones, from the first on; or, where they were chosen otherwise, which, in words.
+    chains: how many of the official ones, from the first on; or, where they were chosen otherwise, which, in words. variants: as
+    `Variants.described` gives them.
     """
     return OFFICIAL | {
         "chains": chains,
         "max_steps": max_steps,
         "tasks": tasks,
         "scene": scene,
-        "assets": "emu3-vla's own low-polygon assets" if own_assets else CALVINS_ASSETS,
+        "assets": _assets(own_assets),
         "calvin_env": version,
         "instructions": OWN_SENTENCES if own_sentences else CALVINS_SENTENCES,
+        "variants": dict(variants or {}),
     }
+
+
+def used_single_task_protocol(
+    *,
+    rollouts_per_task: int,
+    max_steps: int,
+    tasks: int,
+    scene: str,
+    own_assets: bool,
+    version: str,
+    own_sentences: bool,
+    variants: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """The single-task protocol as an evaluation followed it: the fields of OFFICIAL_SINGLE_TASK with what was used instead."""
+    return OFFICIAL_SINGLE_TASK | {
+        "rollouts_per_task": rollouts_per_task,
+        "starts": REACHED_STARTS,
+        "max_steps": max_steps,
+        "tasks": tasks,
+        "scene": scene,
+        "assets": _assets(own_assets),
+        "calvin_env": version,
+        "instructions": OWN_SENTENCES if own_sentences else CALVINS_SENTENCES,
+        "variants": dict(variants or {}),
+    }
+
+
+def _assets(own: bool) -> str:
+    return "emu3-vla's own low-polygon assets" if own else CALVINS_ASSETS
 
 
 _WORDING = {
     "chains": "the first {used} of the {official} chains",
+    "rollouts_per_task": "{used} rollouts a task for {official}",
+    "starts": "{used} for {official}",
     "max_steps": "{used} steps a subtask for {official}",
     "tasks": "only chains of {used} chosen tasks for all {official}",
     "scene": "scene {used} for {official}",
@@ -66,12 +128,25 @@ _WORDING = {
 
 
 def deviations(used: dict[str, Any], errors: int = 0) -> list[str]:
-    """Each difference from the official protocol in words; empty when there is none. errors: chains left out because they broke."""
-    found = [_WORDING[key].format(used=used[key], official=official) for key, official in OFFICIAL.items() if used[key] != official]
-    if isinstance(used["chains"], str):
-        found[0] = f"{used['chains']} for the {OFFICIAL['chains']} official chains"
+    """Each difference from the official protocol of that name in words; empty when there is none.
+
+    errors: chains left out because they broke.
+    """
+    official = OFFICIAL_SINGLE_TASK if used["name"] == OFFICIAL_SINGLE_TASK["name"] else OFFICIAL
+    single = official is OFFICIAL_SINGLE_TASK
+    found = [f"variant {name}: {words}" for name, words in used["variants"].items()]
+    for key, wanted in official.items():
+        if key == "variants" or used[key] == wanted:
+            continue
+        if key == "chains" and isinstance(used[key], str):
+            found.append(f"{used[key]} for the {wanted} official chains")
+        elif key == "tasks" and single:
+            found.append(f"only {used[key]} chosen tasks for all {wanted}")
+        else:
+            found.append(_WORDING[key].format(used=used[key], official=wanted))
     if errors:
-        found.append(f"{errors} chain{'s' if errors > 1 else ''} broke by an error and {'are' if errors > 1 else 'is'} left out")
+        kind = "rollout" if single else "chain"
+        found.append(f"{errors} {kind}{'s' if errors > 1 else ''} broke by an error and {'are' if errors > 1 else 'is'} left out")
     return found
 
 

@@ -1,6 +1,8 @@
-"""`emu3-vla eval`: score a policy on CALVIN's long-horizon chains.
+"""`emu3-vla eval`: score a policy on CALVIN's long-horizon chains, or on each task by itself.
 
     emu3-vla eval policy=expert eval.num_sequences=50
+    emu3-vla eval policy=expert eval.protocol=mtlc eval.rollouts_per_task=10
+    emu3-vla eval policy=expert 'eval.variant=[resampled_poses,pushes]' eval.num_sequences=50
     emu3-vla eval policy=outputs/train/3f2a91c0/policy eval.annotations=calvin/calvin_models/conf/annotations/new_playtable_validation.yaml
 
 Every finished chain is a line of chains.jsonl at once; a run that was stopped or killed goes on from there, and its result is the same
@@ -13,43 +15,90 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import policies
 from envs.calvin.tasks import TASKS
-from eval.environment import EnvConfig
-from eval.keeping import RECORD_NONE, Keep, check_record
+from eval.chain import Rules
+from eval.environment import EnvConfig, PolicyOptions, choose
+from eval.lockstep import Job
 from eval.progress import LiveLine, duration
-from eval.protocol import MAX_STEPS, load_instructions, select_chains, used_protocol
+from eval.protocol import (
+    LH_MTLC,
+    MAX_STEPS,
+    PROTOCOLS,
+    ROLLOUTS_PER_TASK,
+    SINGLE_TASK_MAX_STEPS,
+    load_instructions,
+    select_chains,
+    used_protocol,
+    used_single_task_protocol,
+)
 from eval.provenance import policy_provenance
 from eval.results import REPORT_FILE, RESULTS_FILE, assemble, error_message, headline, named_by, write_json
-from eval.sequences import OFFICIAL_CHAINS
-from eval.workers import Job, run_chains
+from eval.sequences import CHAIN_LENGTH, OFFICIAL_CHAINS, Chain
+from eval.variants import UNSEEN_WORDINGS, DisturbanceOptions, Variants, chosen_variants
+from eval.workers import run_chains
 
 CHAINS_FILE = "chains.jsonl"
+
+
+ENGINES = ("processes", "ray")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
     """How much is evaluated, and by which rules."""
 
-    num_sequences: int = OFFICIAL_CHAINS  # chains, from the first official one on
+    protocol: str = LH_MTLC  # lh_mtlc: chains of five subtasks; mtlc: each task by itself
+    num_sequences: int = OFFICIAL_CHAINS  # lh_mtlc: chains, from the first official one on
+    rollouts_per_task: int = ROLLOUTS_PER_TASK  # mtlc: rollouts of each task
     workers: int = 2  # processes; no result depends on it
-    max_steps: int = MAX_STEPS  # control steps a subtask
+    simulators: int = 1  # in each process, sharing one policy that can decide for several at once; no result depends on it
+    engine: str = ENGINES[0]  # processes of this machine, or ray: actors of a Ray cluster; no result depends on it
+    ray_address: str = ""  # of the cluster: "auto" or host:port; empty: one on this machine, for this run
+    max_steps: int | None = None  # control steps a subtask; null: the protocol's (360, or 240 for mtlc)
     annotations: str = ""  # CALVIN's new_playtable_validation.yaml; empty: our own validation sentences
-    tasks: tuple[str, ...] = ()  # only chains whose five subtasks are all among these; empty: all 34
-    record: str = RECORD_NONE  # Rerun recordings: none, failures (of chains not solved to the end) or all
+    tasks: tuple[str, ...] = ()  # only these tasks, or chains whose five subtasks are all among these; empty: all 34
+    # none, resampled_poses, unseen_wordings, pushes, latency, camera_jitter, disturbances (the last three), or a list of them
+    variant: tuple[str, ...] | str = ()
+    disturbance: DisturbanceOptions = field(default_factory=DisturbanceOptions)
 
     def __post_init__(self):
-        for name, least in (("num_sequences", 1), ("workers", 1), ("max_steps", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"eval.{name}={getattr(self, name)}, expected at least {least}")
-        check_record(self.record)
-        select_chains(self.num_sequences, self.tasks)
+        choose("eval.protocol", self.protocol, PROTOCOLS)
+        choose("eval.engine", self.engine, ENGINES)
+        object.__setattr__(self, "variant", chosen_variants(self.variant))
+        for name in ("num_sequences", "rollouts_per_task", "workers", "simulators", "max_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"eval.{name}={value}, expected at least 1")
+        self.select()
         load_instructions(self.annotations)
+        if self.annotations and UNSEEN_WORDINGS in self.variant:
+            raise ValueError("eval.variant=unseen_wordings speaks emu3-vla's own sentences; leave eval.annotations out, or the variant")
+
+    @property
+    def variants(self) -> Variants:
+        """The variants with their strengths."""
+        return Variants(names=self.variant, disturbance=self.disturbance)
+
+    @property
+    def steps(self) -> int:
+        """Control steps a subtask."""
+        protocol_steps = MAX_STEPS if self.protocol == LH_MTLC else SINGLE_TASK_MAX_STEPS
+        return protocol_steps if self.max_steps is None else self.max_steps
+
+    def select(self) -> list[tuple[int, Chain]]:
+        """The chains or rollouts to run. Raises ValueError where there are not that many, or for an unknown task."""
+        if self.protocol == LH_MTLC:
+            return select_chains(self.num_sequences, self.tasks)
+        from eval.single_task import select_rollouts
+
+        return select_rollouts(self.rollouts_per_task, self.tasks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,60 +106,39 @@ class EvalConfig:
     """Options of `emu3-vla eval`. Wrong ones are refused here, before a folder is made or a worker started."""
 
     policy: str = policies.SHIPPED  # expert, zero, random, a shipped name, or a checkpoint folder
+    policy_options: PolicyOptions = field(default_factory=PolicyOptions)
     env: EnvConfig = field(default_factory=EnvConfig)
     eval: EvalOptions = field(default_factory=EvalOptions)
-    seed: int = 0  # of what the policy draws at random, and of the bootstrap interval
+    seed: int = 0  # of what the policy and the variants draw at random, and of the bootstrap interval
     output_dir: str = ""
 
     def __post_init__(self):
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}, expected zero or more")
+        self.env.check_variants(self.eval.variants.camera_jitter)
         policy_provenance(self.policy)  # names an unknown policy or a damaged checkpoint now, not after hours
+        if self.eval.engine == "ray":
+            from eval.ray_engine import require_ray
+
+            require_ray()
 
 
 def main(config: EvalConfig) -> None:
     """Run what is still to run, then write results.json and report.html. Exits with 1 where chains ended by an error."""
     from eval.report import write_report
 
-    folder = Path(config.output_dir)
-    instructions = load_instructions(config.eval.annotations)
-    chains = select_chains(config.eval.num_sequences, config.eval.tasks)
-    job = Job(
-        policy=config.policy,
-        env=config.env,
-        instructions=instructions,
-        max_steps=config.eval.max_steps,
-        seed=config.seed,
-        keep=Keep(folder=str(folder), max_steps=config.eval.max_steps, record=config.eval.record, title=f"policy {config.policy}"),
-    )
+    folder, options = Path(config.output_dir), config.eval
     began = time.perf_counter()
-    with ChainLog(folder / CHAINS_FILE) as log, LiveLine() as line:
-        meter = _Meter(line, total=len(chains), done=[log.done[index] for index, _ in chains if index in log.done])
-        remaining = [(index, chain) for index, chain in chains if index not in log.done]
-
-        def finished(result: dict[str, Any]) -> None:
-            log.append(result)
-            meter.finished(result)
-
-        run_chains(job, remaining, config.eval.workers, finished, meter.ticked)
-        outcomes = [log.latest[index] for index, _ in chains]
-    used = used_protocol(
-        chains=len(chains),
-        max_steps=config.eval.max_steps,
-        tasks=len(set(config.eval.tasks)) or len(TASKS),
-        scene=config.env.scene,
-        own_assets=config.env.own_assets,
-        version=named_by(outcomes, "calvin_env"),
-        own_sentences=not config.eval.annotations,
-    )
+    outcomes = _run_all(config, folder)
     results = assemble(
         outcomes,
         policy=config.policy,
         env=config.env,
-        used=used,
+        used=_protocol_of(config, outcomes),
         seed=config.seed,
         config=asdict(config),
         wall_s=time.perf_counter() - began,
+        length=CHAIN_LENGTH if options.protocol == LH_MTLC else 1,
     )
     write_json(folder / RESULTS_FILE, results)
     write_report(results, folder / REPORT_FILE)
@@ -119,6 +147,58 @@ def main(config: EvalConfig) -> None:
         print(folder / name)
     if results["errors"]:
         raise SystemExit(error_message(results) + " (the same command tries them again)")
+
+
+def _run_all(config: EvalConfig, folder: Path) -> list[dict[str, Any]]:
+    """Every chain's record, in order: those that are on disk already, and those that ran now."""
+    chains = config.eval.select()
+    with ChainLog(folder / CHAINS_FILE) as log, LiveLine() as line:
+        meter = _Meter(line, total=len(chains), done=[log.done[index] for index, _ in chains if index in log.done])
+        remaining = [(index, chain) for index, chain in chains if index not in log.done]
+
+        def finished(result: dict[str, Any]) -> None:
+            log.append(result)
+            meter.finished(result)
+
+        _engine(config.eval)(_job(config), remaining, config.eval.workers, finished, meter.ticked)
+        return [log.latest[index] for index, _ in chains]
+
+
+def _job(config: EvalConfig) -> Job:
+    options = config.eval
+    rules = Rules(instructions=load_instructions(options.annotations), max_steps=options.steps, seed=config.seed, variants=options.variants)
+    return Job(
+        policy=config.policy,
+        policy_options=config.policy_options,
+        env=config.env,
+        rules=rules,
+        protocol=options.protocol,
+        simulators=options.simulators,
+    )
+
+
+def _engine(options: EvalOptions) -> Callable[..., None]:
+    if options.engine == "processes":
+        return run_chains
+    from eval.ray_engine import run_chains_on_ray
+
+    return partial(run_chains_on_ray, address=options.ray_address)
+
+
+def _protocol_of(config: EvalConfig, outcomes: list[dict[str, Any]]) -> dict[str, Any]:
+    options = config.eval
+    shared = {
+        "max_steps": options.steps,
+        "tasks": len(set(options.tasks)) or len(TASKS),
+        "scene": config.env.scene,
+        "own_assets": config.env.own_assets,
+        "version": named_by(outcomes, "calvin_env"),
+        "own_sentences": not options.annotations,
+        "variants": options.variants.described(),
+    }
+    if options.protocol == LH_MTLC:
+        return used_protocol(chains=len(outcomes), **shared)
+    return used_single_task_protocol(rollouts_per_task=options.rollouts_per_task, **shared)
 
 
 class ChainLog:

@@ -1,7 +1,8 @@
-"""Several processes that run chains: each has its own simulator and policy, and is handed one chain after another.
+"""Several processes that run chains: each has its own policy and simulators, and is handed one chain after another.
 
-A worker that dies (a crash of the simulator's C++ code, the kernel out of memory, a kill) loses nothing but the chain it was in, which
-is given to another worker once more; a chain that kills two workers is recorded as an error. Workers end when their parent does.
+A worker that dies (a crash of the simulator's C++ code, the kernel out of memory, a kill) loses nothing but the chains it was in. Each is
+given to another worker once more, this time alone in it, so that only the chain that kills can be blamed: one that kills two workers is
+recorded as an error. Workers end when their parent does.
 """
 
 from __future__ import annotations
@@ -14,19 +15,21 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from eval.chain import Attempt, ChainResult, Watcher, run_chain
-from eval.environment import EnvConfig, load_policy
-from eval.keeping import Keep, keeping_watcher
+from eval.chain import Attempt, ChainResult, Watcher
+from eval.lockstep import Job, LockStep
 from eval.sequences import Chain
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 TICK_S = 0.5
 ATTEMPTS_PER_CHAIN = 2
 FAILED_STARTS = 2
+NOT_READY = (ValueError, OSError, RuntimeError, ImportError)
+"""What making a simulator or a policy raises where the user's choice is at fault."""
+
+Task = tuple[int, Chain]
 
 
 class WorkerDied(RuntimeError):
@@ -37,21 +40,42 @@ class WorkerNotReady(ValueError):
     """A worker could not make its simulator or policy."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What every chain of an evaluation has in common."""
+class Waiting:
+    """The chains that nobody runs yet, and how often each has taken a worker with it."""
 
-    policy: str
-    env: EnvConfig
-    instructions: dict[str, str]
-    max_steps: int
-    seed: int
-    keep: Keep | None = None
+    def __init__(self, chains: Sequence[Task]):
+        self.fresh: deque[Task] = deque(chains)
+        self.suspects: deque[Task] = deque()
+        self.deaths: Counter[int] = Counter()
+
+    def __len__(self) -> int:
+        return len(self.fresh) + len(self.suspects)
+
+    def take(self, in_flight: int, room: int) -> list[Task]:
+        """Chains for a worker that runs `in_flight` of them already and has room for `room` in all. A suspect runs alone."""
+        if self.suspects and not in_flight:
+            return [self.suspects.popleft()]
+        return [self.fresh.popleft() for _ in range(min(room - in_flight, len(self.fresh)))]
+
+    def is_suspect(self, task: Task) -> bool:
+        """Whether a worker died that was running it."""
+        return self.deaths[task[0]] > 0
+
+    def give_back(self, tasks: Sequence[Task], how: str) -> list[dict[str, Any]]:
+        """A worker died with these. Returns the results of those that are not tried again. how: what is known of its end."""
+        given_up = []
+        for task in tasks:
+            self.deaths[task[0]] += 1
+            if self.deaths[task[0]] < ATTEMPTS_PER_CHAIN:
+                self.suspects.append(task)
+            else:
+                given_up.append(_died_result(task, how))
+        return given_up
 
 
 def run_chains(
     job: Job,
-    chains: Sequence[tuple[int, Chain]],
+    chains: Sequence[Task],
     workers: int,
     finished: Callable[[dict[str, Any]], None],
     ticked: Callable[[int], None] = lambda steps: None,
@@ -69,11 +93,11 @@ def run_chains(
 class _Pool:
     def __init__(self, job, chains, workers, finished, ticked):
         self.job, self.finished, self.ticked = job, finished, ticked
-        self.waiting = deque(chains)
+        self.waiting = Waiting(chains)
         self.size = min(workers, len(chains))
-        self.busy: dict[Connection, tuple[int, Chain] | None] = {}
+        self.ready: set[Connection] = set()
+        self.busy: dict[Connection, dict[int, Task]] = {}
         self.processes: dict[Connection, multiprocessing.Process] = {}
-        self.deaths: Counter[int] = Counter()
         self.failed_starts = 0
 
     def run(self) -> None:
@@ -96,7 +120,7 @@ class _Pool:
         with _one_thread_each():
             process.start()
         theirs.close()
-        self.processes[ours], self.busy[ours] = process, None
+        self.processes[ours], self.busy[ours] = process, {}
 
     def _listen(self, connection: Connection) -> None:
         try:
@@ -110,41 +134,40 @@ class _Pool:
             raise WorkerNotReady(content)
         else:
             if kind == "finished":
-                self.busy[connection] = None
+                del self.busy[connection][content["index"]]
                 self.finished(content)
+            self.ready.add(connection)
             self.failed_starts = 0
             self._assign(connection)
 
     def _assign(self, connection: Connection) -> None:
-        if not self.waiting:
+        running = self.busy[connection]
+        if any(self.waiting.is_suspect(task) for task in running.values()):
             return
-        self.busy[connection] = self.waiting.popleft()
-        try:
-            connection.send(self.busy[connection])
-        except (BrokenPipeError, ConnectionResetError):
-            self._died(connection)
+        for task in self.waiting.take(len(running), self.job.simulators):
+            running[task[0]] = task
+            try:
+                connection.send(task)
+            except (BrokenPipeError, ConnectionResetError):
+                continue  # dead: its connection says so when it is listened to
 
     def _died(self, connection: Connection) -> None:
-        process, task = self.processes.pop(connection), self.busy.pop(connection)
+        process, tasks = self.processes.pop(connection), self.busy.pop(connection)
         connection.close()
         process.join()
-        if task is None:
+        if connection not in self.ready:
             self.failed_starts += 1
             if self.failed_starts > FAILED_STARTS:
                 raise WorkerDied(f"workers die at their start, last with exit code {process.exitcode}; try 'emu3-vla rollout' to see why")
-        else:
-            self.deaths[task[0]] += 1
-            if self.deaths[task[0]] < ATTEMPTS_PER_CHAIN:
-                self.waiting.appendleft(task)
-            else:
-                self.finished(_died_result(task, process.exitcode))
-        if self.waiting or any(self.busy.values()):
+        for result in self.waiting.give_back(list(tasks.values()), f"exit code {process.exitcode}"):
+            self.finished(result)
+        if self.waiting:
             self._start()
 
 
-def _died_result(task: tuple[int, Chain], exitcode: int | None) -> dict[str, Any]:
+def _died_result(task: Task, how: str) -> dict[str, Any]:
     index, (condition, subtasks) = task
-    message = f"the worker process died {ATTEMPTS_PER_CHAIN} times in this chain, last with exit code {exitcode}"
+    message = f"the worker process died {ATTEMPTS_PER_CHAIN} times in this chain, last with {how}"
     error = {"type": "WorkerDied", "message": message, "subtask": None, "step": None, "traceback": ""}
     return ChainResult(index=index, initial_state=condition, subtasks=subtasks, error=error).to_json()
 
@@ -186,21 +209,21 @@ class _Ticker(Watcher):
 def _work(connection: Connection, job: Job) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers for the whole group
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    ticker = _Ticker(connection)
     try:
-        env, policy = job.env.make(), load_policy(job.policy, job.env)
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        simulators = LockStep(job, ticker)
+    except NOT_READY as error:
         connection.send(("not ready", f"{error}"))
         return
-    ticker = _Ticker(connection)
-    watcher = keeping_watcher(job.keep, ticker)
     connection.send(("ready", None))
     while True:
         try:
-            index, chain = connection.recv()
+            while not simulators.running or (simulators.free and connection.poll()):
+                simulators.begin(*connection.recv())
         except EOFError:
             return
-        result = run_chain(env, policy, index, chain, job.instructions, max_steps=job.max_steps, seed=job.seed, watcher=watcher)
-        connection.send(("finished", result.to_json()))
+        for result in simulators.advance():
+            connection.send(("finished", result.to_json()))
 
 
 def _end_with_parent() -> None:
