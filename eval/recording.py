@@ -5,17 +5,23 @@ Entities:
   world/tool_path                where the tool has been during this subtask
   camera/static, camera/gripper  JPEG images
   robot/joint_1 … joint_7 [rad], robot/gripper_width [m]
+  imagined/static, imagined/gripper   what the policy expected the cameras to see, at the moment for which it expected it
   action/<component>/commanded, action/<component>/executed   in action units (0.02 m, 0.05 rad); executed is what the tool did
-  policy/decision_ms, policy/<stage>_ms, policy/entropy
-  instruction                    a document, and events: a log of chains and subtasks
+  chunk/predicted, chunk/executed     (steps, 7), in action units: a whole decision, and what the tool did while it was carried out; both
+                                 stand at the step of the decision. A chunk that was cut short is executed as far as it went
+  chunk/coefficients (frequencies, 7), chunk/entropy   DCT coefficients, and entropy of each token [nats], of that decision
+  policy/<stage>_ms, policy/entropy (mean), policy/entropy_max, policy/clamped
+  instruction                    a document, and events: a log of chains, subtasks, what the task oracle saw, and clamped actions
 Timelines: step (control steps since the recording began) and time (step / 30 s).
 
-Needs rerun-sdk. Opens arranged: the blueprint is inside.
+What the policy does not answer (see policies.base.Policy.infer) is not there. The original simulator's bodies are not open to recordings:
+of it there is no `world`. Needs rerun-sdk. Opens arranged: the blueprint is inside.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +30,7 @@ import rerun as rr
 import rerun.blueprint as rrb
 
 from envs.calvin.scenes import LED, LIGHT_LINKS, LIGHT_OFF_RGBA, LIGHT_ON_RGBA, LIGHTBULB
+from envs.calvin.tasks import completed_tasks
 from envs.spec import (
     CONTROL_HZ,
     MAX_RELATIVE_POSITION_M,
@@ -44,6 +51,7 @@ APPLICATION = "emu3-vla"
 COMPONENTS = ("dx", "dy", "dz", "rx", "ry", "rz", "gripper")
 FINGERS_OPEN_M = 0.08
 JPEG_QUALITY = 85
+CAMERA_ENTITIES = {RGB_STATIC: "static", RGB_GRIPPER: "gripper"}
 _MOVED = 1e-6
 
 
@@ -51,21 +59,35 @@ class Recorder(Watcher):
     """Writes one .rrd file; a watcher of any number of chains, in one after another.
 
     frame_stride: images and poses are recorded at every that many control steps, and at the last of each subtask; plots at each.
+    viewer: address of a viewer (see eval.live) that is sent the same at once; one that goes away costs the file nothing.
     The file appears under its name when `close()` was called.
     """
 
-    def __init__(self, path: Path, *, title: str, camera: Camera, frame_stride: int = 2):
+    def __init__(self, path: Path, *, title: str, camera: Camera, frame_stride: int = 2, viewer: str = ""):
         self.path, self.temporary = path, path.with_name(path.name + ".part")
-        self.frame_stride, self.camera, self.step = frame_stride, camera, 0
+        self.frame_stride, self.camera, self.viewer, self.step = frame_stride, camera, viewer, 0
         self.stream = rr.RecordingStream(APPLICATION)
-        self.stream.save(self.temporary, default_blueprint=blueprint())
+        sinks = [rr.FileSink(self.temporary), *([rr.GrpcSink(viewer)] if viewer else [])]
+        self.stream.set_sinks(*sinks, default_blueprint=blueprint())
         self.stream.send_recording_name(title)
         self.shapes: list[dict[str, Any]] | None = None
         self.path_of_tool: list[np.ndarray] = []
+        self.start_info: dict[str, Any] = {}
+        self.reported: set[str] = set()
+        self.decision_step = 0
+        self.executed: list[np.ndarray] = []  # what the tool did since the last decision
+        self.imagines = False
+        self.imagined: dict[str, np.ndarray] = {}
+        self.imagined_for = -1  # the step at which that is to be seen
 
     def close(self, *, keep: bool = True) -> None:
         """Finish the file and give it its name; or drop it, and what an earlier run left under that name."""
-        self.stream.flush()
+        try:
+            self.stream.flush()
+        except RuntimeError as error:
+            if not self.viewer:
+                raise
+            print(f"emu3-vla: the viewer was lost ({error}); {self.path.name} is whole without it", file=sys.stderr)
         self.stream.disconnect()
         if keep:
             self.temporary.replace(self.path)
@@ -78,13 +100,14 @@ class Recorder(Watcher):
     def chain_begins(self, env: CalvinEnv, index: int, subtasks: tuple[str, ...]) -> None:
         if self.shapes is None:
             self._log_shapes(env)
-        self.path_of_tool = []
+        self.env, self.path_of_tool = env, []
         self._at(self.step)
         self._event(f"chain {index} begins: {' → '.join(subtasks)}", rr.TextLogLevel.INFO)
         self._frame(env)
 
     def subtask_begins(self, position: int, attempt: Attempt) -> None:
         self.path_of_tool = self.path_of_tool[-1:]
+        self.start_info, self.reported = self.env.info(), set()
         self._at(self.step)
         self._log(
             "instruction",
@@ -93,26 +116,48 @@ class Recorder(Watcher):
         self._event(f"subtask {position + 1} begins: {attempt.task} “{attempt.instruction}”", rr.TextLogLevel.INFO)
 
     def decided(self, answer: dict[str, Any]) -> None:
+        self._log_executed_chunk()
+        self.decision_step = self.step
         self._at(self.step)
+        actions = np.asarray(answer["actions"], dtype=np.float32)
+        self._log("chunk/predicted", rr.Tensor(actions, dim_names=("step", "component")))
         for stage, seconds in answer.get("timing_s", {}).items():
             self._log(f"policy/{stage}_ms", rr.Scalars(1000 * float(seconds)))
-        if "entropy" in answer:
+        if len(answer.get("entropy", ())):
             self._log("policy/entropy", rr.Scalars(float(np.mean(answer["entropy"]))))
+            self._log("policy/entropy_max", rr.Scalars(float(np.max(answer["entropy"]))))
+            self._log("chunk/entropy", rr.BarChart(np.asarray(answer["entropy"], dtype=np.float32)))
+        if "coefficients" in answer:
+            coefficients = np.asarray(answer["coefficients"], dtype=np.float32)
+            self._log("chunk/coefficients", rr.Tensor(coefficients, dim_names=("frequency", "component")))
+        if "clipped" in answer:
+            self._log("policy/clamped", rr.Scalars(float(answer["clipped"])))
+            if answer["clipped"]:
+                self._event(f"{answer['clipped']} of the chunk's {actions.size} values clamped", rr.TextLogLevel.WARN)
+        self._expect(answer.get("imagined", {}), self.step + len(actions))
 
     def stepped(self, env: CalvinEnv, action: np.ndarray, before: np.ndarray, attempt: Attempt) -> None:
         self.step += 1
         self._at(self.step)
         after = env.state()[ROBOT_OBS]
-        for name, commanded, executed in zip(COMPONENTS, action, executed_action(before, after), strict=True):
+        self.executed.append(executed_action(before, after))
+        for name, commanded, executed in zip(COMPONENTS, action, self.executed[-1], strict=True):
             self._log(f"action/{name}/commanded", rr.Scalars(float(commanded)))
             self._log(f"action/{name}/executed", rr.Scalars(float(executed)))
         for joint, angle in enumerate(after[7:14], 1):
             self._log(f"robot/joint_{joint}", rr.Scalars(float(angle)))
         self._log("robot/gripper_width", rr.Scalars(float(after[6])))
-        if attempt.steps % self.frame_stride == 0 or attempt.success:
+        self._log_oracle(env, attempt)
+        due = self.step == self.imagined_for
+        if attempt.steps % self.frame_stride == 0 or attempt.success or due:
             self._frame(env)
+        if due:
+            for key, picture in self.imagined.items():
+                self._log(f"imagined/{CAMERA_ENTITIES[key]}", rr.Image(picture).compress(jpeg_quality=JPEG_QUALITY))
 
     def subtask_ends(self, position: int, attempt: Attempt) -> None:
+        self._log_executed_chunk()
+        self.imagined_for = -1  # the chunk was cut short: what it was to lead to is not what is seen then
         self._at(self.step)
         if attempt.success:
             self._event(f"subtask {position + 1} solved after {attempt.steps} steps: {attempt.task}", rr.TextLogLevel.INFO)
@@ -139,7 +184,31 @@ class Recorder(Watcher):
     def _event(self, text: str, level: str) -> None:
         self._log("events", rr.TextLog(text, level=level))
 
+    def _log_executed_chunk(self) -> None:
+        if self.executed:
+            self._at(self.decision_step)
+            self._log("chunk/executed", rr.Tensor(np.array(self.executed, dtype=np.float32), dim_names=("step", "component")))
+            self.executed = []
+
+    def _log_oracle(self, env: CalvinEnv, attempt: Attempt) -> None:
+        for task in sorted(completed_tasks(self.start_info, env.info()) - self.reported):
+            self.reported.add(task)
+            asked = "" if task == attempt.task else ", which was not asked for"
+            self._event(f"the oracle reports {task}{asked}", rr.TextLogLevel.INFO)
+
+    def _expect(self, imagined: dict[str, np.ndarray], step: int) -> None:
+        unknown = sorted(set(imagined) - set(CAMERA_ENTITIES))
+        if unknown:
+            raise ValueError(f"the policy imagined {unknown[0]!r}, expected cameras among {', '.join(CAMERA_ENTITIES)}")
+        if imagined and not self.imagines:
+            self.imagines = True
+            self.stream.send_blueprint(blueprint(imagines=True))
+        self.imagined, self.imagined_for = imagined, step if imagined else -1
+
     def _log_shapes(self, env: CalvinEnv) -> None:
+        if not hasattr(env, "simulation"):  # the original simulator
+            self.shapes, self.light_entity = [], {}
+            return
         # The ground plane is 200 m wide (and invisible in our own assets): it would only get in the viewer's way.
         self.shapes = [shape for shape in env.simulation.visual_shapes() if shape["body"] != "plane" and shape["geometry"] != PLANE]
         self.entities = _entity_names(self.shapes)
@@ -170,8 +239,12 @@ class Recorder(Watcher):
 
     def _frame(self, env: CalvinEnv) -> None:
         observation = self.camera.observe(env)
-        for entity, key in (("camera/static", RGB_STATIC), ("camera/gripper", RGB_GRIPPER)):
-            self._log(entity, rr.Image(observation[key]).compress(jpeg_quality=JPEG_QUALITY))
+        for key, name in CAMERA_ENTITIES.items():
+            self._log(f"camera/{name}", rr.Image(observation[key]).compress(jpeg_quality=JPEG_QUALITY))
+        if self.shapes:
+            self._log_scene(env, observation)
+
+    def _log_scene(self, env: CalvinEnv, observation: dict[str, np.ndarray]) -> None:
         poses = env.simulation.visual_poses(self.shapes)
         moved = ~(np.abs(poses - self.poses).max(axis=1) < _MOVED)
         for row in np.flatnonzero(moved):
@@ -201,8 +274,11 @@ def executed_action(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     return np.concatenate([moved, turn / MAX_RELATIVE_ROTATION_RAD, [2 * after[6] / FINGERS_OPEN_M - 1]])
 
 
-def blueprint() -> rrb.Blueprint:
-    """How the recording opens: scene and cameras on top, plots below, instruction and events at the side."""
+def blueprint(*, imagines: bool = False) -> rrb.Blueprint:
+    """How the recording opens: scene and cameras on top, plots below, instruction and events at the side.
+
+    imagines: whether there are views of what the policy imagined, each beside what its camera saw.
+    """
     actions = [
         rrb.TimeSeriesView(name=name, contents=[f"action/{name}/**"], plot_legend=rrb.PlotLegend(visible=index == 0))
         for index, name in enumerate(COMPONENTS)
@@ -214,20 +290,33 @@ def blueprint() -> rrb.Blueprint:
             rrb.TimeSeriesView(name="Gripper width [m]", contents=["robot/gripper_width"]),
             name="Joints",
         ),
-        rrb.TimeSeriesView(name="Policy", contents=["policy/**"]),
+        rrb.Vertical(
+            rrb.Horizontal(
+                rrb.TensorView(name="Chunk as predicted", origin="chunk/predicted"),
+                rrb.TensorView(name="Chunk as executed", origin="chunk/executed"),
+                rrb.TensorView(name="DCT coefficients", origin="chunk/coefficients"),
+            ),
+            rrb.BarChartView(name="Entropy of each token [nats]", origin="chunk/entropy"),
+            row_shares=[2, 1],
+            name="Decision",
+        ),
+        rrb.Vertical(
+            rrb.TimeSeriesView(name="Token entropy [nats]", contents=["policy/entropy", "policy/entropy_max"]),
+            rrb.TimeSeriesView(
+                name="Decision time [ms], clamped values", contents=["policy/**", "- policy/entropy", "- policy/entropy_max"]
+            ),
+            name="Policy",
+        ),
     )
     views = rrb.Horizontal(
         rrb.Spatial3DView(name="Scene", origin="world"),
-        rrb.Vertical(
-            rrb.Spatial2DView(name="Static camera", origin="camera/static"),
-            rrb.Spatial2DView(name="Gripper camera", origin="camera/gripper"),
-        ),
+        rrb.Grid(*(view for name in CAMERA_ENTITIES.values() for view in _camera_views(name, imagines)), grid_columns=1 + imagines),
         rrb.Vertical(
             rrb.TextDocumentView(name="Instruction", origin="instruction"),
             rrb.TextLogView(name="Events", origin="events"),
             row_shares=[1, 2],
         ),
-        column_shares=[4, 2, 2],
+        column_shares=[4, 3 if imagines else 2, 2],
     )
     return rrb.Blueprint(
         rrb.Vertical(views, plots, row_shares=[3, 2]),
@@ -235,6 +324,11 @@ def blueprint() -> rrb.Blueprint:
         rrb.SelectionPanel(state="collapsed"),
         rrb.BlueprintPanel(state="collapsed"),
     )
+
+
+def _camera_views(name: str, imagines: bool) -> list[rrb.Spatial2DView]:
+    views = [rrb.Spatial2DView(name=f"{name.capitalize()} camera", origin=f"camera/{name}")]
+    return [*views, rrb.Spatial2DView(name=f"{name.capitalize()} as imagined", origin=f"imagined/{name}")] if imagines else views
 
 
 def _entity_names(shapes: list[dict[str, Any]]) -> list[str]:

@@ -2,6 +2,7 @@
 
     emu3-vla rollout policy=expert chain=17
     emu3-vla rollout policy=outputs/train/3f2a91c0/policy 'tasks=[open_drawer,turn_on_led]'
+    emu3-vla rollout --live                                     (and watch it in a Rerun viewer meanwhile; see eval/live.py)
 
 Leaves recording.rrd (open it with `rerun recording.rrd`), rollout.mp4, results.json and report.html.
 """
@@ -10,9 +11,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from typing import Any
 import policies
 from envs.calvin.tasks import TASKS, check_task
 from eval.chain import run_chain
-from eval.environment import OWN_SIMULATOR, EnvConfig, load_policy
+from eval.environment import EnvConfig, load_policy
+from eval.live import check_address, viewer_address, viewer_program
 from eval.progress import LiveLine
 from eval.protocol import MAX_STEPS, load_instructions, used_protocol
 from eval.provenance import policy_provenance
@@ -42,9 +44,11 @@ class RolloutConfig:
     annotations: str = ""  # CALVIN's new_playtable_validation.yaml; empty: our own validation sentences
     frame_stride: int = 2  # control steps from one recorded image to the next
     seed: int = 0  # of what the policy draws at random
+    live: bool | str = False  # stream to a Rerun viewer as well: true for this machine's, or the address of another
     output_dir: str = ""
 
     def __post_init__(self):
+        check_address(self.live)
         if not 0 <= self.chain < OFFICIAL_CHAINS:
             raise ValueError(f"chain={self.chain}, expected 0 to {OFFICIAL_CHAINS - 1}")
         if self.max_steps < 1 or self.frame_stride < 1 or self.seed < 0:
@@ -72,6 +76,7 @@ def main(config: RolloutConfig) -> None:
         frame_stride=config.frame_stride,
         seed=config.seed,
         config=asdict(config),
+        live=config.live,
     )
 
 
@@ -102,16 +107,13 @@ def film(
     frame_stride: int,
     seed: int,
     config: dict[str, Any],
+    live: bool | str = False,
 ) -> dict[str, Any] | None:
     """Run `chains` in this process, recording everything; write the four files, print where they are, and return the results.
 
-    A folder that holds results already is left as it is (None is returned). Exits with 1 where a chain ended by an error.
-    Raises ValueError for the original simulator.
+    A folder that holds results already is left as it is (None is returned). Exits with 1 where a chain ended by an error; where one broke
+    before its first image there is no video. live: see RolloutConfig. Raises ViewerUnavailable where there is no viewer to stream to.
     """
-    if env_config.simulator != OWN_SIMULATOR:
-        raise ValueError(
-            f"simulator={env_config.simulator} cannot be filmed: its bodies are not open to recordings; 'emu3-vla eval' scores in it"
-        )
     if (folder / RESULTS_FILE).is_file():
         print(f"finished already; delete {folder} or choose another output_dir= to run it again")
         say_where(folder)
@@ -122,19 +124,17 @@ def film(
     from eval.watching import Camera, LiveSubtask, Watchers
 
     began = time.perf_counter()
+    viewer = viewer_address(live) if live else ""
     env, actor, instructions = env_config.make(), load_policy(policy, env_config), load_instructions(annotations)
     camera, shared = Camera(), {"title": f"policy {policy}", "frame_stride": frame_stride}
-    recorder = Recorder(folder / RECORDING_FILE, camera=camera, **shared)
+    recorder = Recorder(folder / RECORDING_FILE, camera=camera, viewer=viewer, **shared)
     video = VideoWriter(folder / VIDEO_FILE, camera=camera, **shared)
-    with LiveLine() as line:
+    with closing(env), closing(recorder), closing(video), LiveLine() as line:
         watcher = Watchers(LiveSubtask(line, chains=len(chains), max_steps=max_steps), recorder, video)
         outcomes = [
             run_chain(env, actor, index, chain, instructions, max_steps=max_steps, seed=seed, watcher=watcher).to_json()
             for index, chain in chains
         ]
-    env.close()
-    recorder.close()
-    video.close()
     used = used_protocol(
         chains=chains_said,
         max_steps=max_steps,
@@ -154,7 +154,7 @@ def film(
         wall_s=time.perf_counter() - began,
         length=max(len(subtasks) for _, (_, subtasks) in chains),
     )
-    write_report(results, folder / REPORT_FILE, video=folder / VIDEO_FILE, thumbnails=video.thumbnails)
+    write_report(results, folder / REPORT_FILE, video=folder / VIDEO_FILE if video.frames else None, thumbnails=video.thumbnails)
     write_json(folder / RESULTS_FILE, results)  # last: it says that the run is finished
     print(headline(results))
     say_where(folder)
@@ -164,9 +164,9 @@ def film(
 
 
 def say_where(folder: Path) -> None:
-    """Print the four files and how to open them."""
-    # Without the environment activated (as under make) the viewer is not on the path, but beside the interpreter.
-    viewer = "rerun" if shutil.which("rerun") else os.path.relpath(Path(sys.executable).with_name("rerun"))
+    """Print the files that there are and how to open them."""
+    program = viewer_program()
+    viewer = "rerun" if program is None or program == shutil.which("rerun") else os.path.relpath(program)
     for name, how in (
         (RECORDING_FILE, f"{viewer} {{path}}"),
         (VIDEO_FILE, "any video player"),
@@ -174,4 +174,5 @@ def say_where(folder: Path) -> None:
         (REPORT_FILE, "any browser, offline"),
     ):
         path = folder / name
-        print(f"{path}   ({how.format(path=path)})")
+        if path.is_file():
+            print(f"{path}   ({how.format(path=path)})")

@@ -31,8 +31,8 @@ SHOW_OUTCOME_S = 0.8
 class VideoWriter(Watcher):
     """Writes one MP4 over any number of chains, in real time: a frame every `frame_stride` control steps.
 
-    The file appears under its name when `close()` was called; `thumbnails` are small images (uint8 RGB) of how each subtask ended, with
-    the subtask's position and outcome. Raises ValueError where PyAV has no MPEG-4 encoder.
+    The file appears under its name when `close()` was called, unless there was not one frame. `thumbnails` are small images (uint8 RGB)
+    of how each subtask ended, with the subtask's position and outcome. Raises ValueError where PyAV has no MPEG-4 encoder.
     """
 
     def __init__(self, path: Path, *, title: str, camera: Camera, frame_stride: int = 2):
@@ -51,7 +51,11 @@ class VideoWriter(Watcher):
         self.frames = 0
 
     def close(self) -> None:
-        """Finish the file and give it its name."""
+        """Finish the file and give it its name. Without a frame there is no file: an encoder that never began cannot be finished."""
+        if not self.frames:
+            self.container.close()
+            self.temporary.unlink()
+            return
         for packet in self.stream.encode():
             self.container.mux(packet)
         self.container.close()
