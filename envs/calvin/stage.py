@@ -72,7 +72,11 @@ class Stage:
         if self.client < 0:
             raise RuntimeError("PyBullet gave no client for images; too many simulators in one process?")
         if self.egl:
-            self.renderer = load_egl(self.client)
+            try:
+                self.renderer = load_egl(self.client)
+            except Exception:
+                self.close()
+                raise
 
     def _load(self) -> None:
         """The scene as it is made, in the simulation's order. A client that has shown another texture is replaced: it never frees one."""

@@ -57,9 +57,7 @@ def test_generating_again_gives_the_same_bytes_and_prints_where(files, tmp_path,
 def test_package_stays_small_and_polygons_few(files):
     assert sum(map(len, files.values())) < 500_000
     for name in build_tables.TABLES:
-        meshes = [
-            text for path, text in files.items() if path.startswith(f"calvin_table_{name}/meshes") and "link" in path
-        ]
+        meshes = [text for path, text in files.items() if path.startswith(f"calvin_table_{name}/meshes") and "link" in path]
         assert len(meshes) == 8
         assert sum(text.count(b"\nf ") for text in meshes) < 500
 
@@ -73,10 +71,7 @@ def test_texture_is_a_picture_that_others_can_read():
     pixels = np.arange(12, dtype=np.uint8).reshape(3, 4)
     image = Image.open(io.BytesIO(low_polygon.png(pixels, [(i, 2 * i, 255 - i) for i in range(12)])))
     np.testing.assert_array_equal(np.asarray(image.convert("RGB"))[..., 1], 2 * pixels)
-    looks = [
-        np.asarray(Image.open(scenes.OWN_ASSETS / f"calvin_table_{n}/textures/table.png").convert("RGB"))
-        for n in "ABCD"
-    ]
+    looks = [np.asarray(Image.open(scenes.OWN_ASSETS / f"calvin_table_{n}/textures/table.png").convert("RGB")) for n in "ABCD"]
     means = np.array([look[:88].mean(axis=(0, 1)) for look in looks])
     distances = np.linalg.norm(means[:, None] - means[None], axis=-1) + 1000 * np.eye(4)
     assert distances.min() > 30, "two scenes look alike"
@@ -115,9 +110,7 @@ def test_joints_have_calvins_names_order_and_limits(simulation):
     assert [info[1].decode() for info in infos] == JOINTS
     limits = {info[1].decode(): info[9] for info in infos}
     assert limits["base__slide"] == pytest.approx(SLIDE_LIMIT_M[simulation.scene.name])
-    assert (limits["base__drawer"], limits["base__switch"], limits["base__button"]) == pytest.approx(
-        (0.22, 0.088, 0.02)
-    )
+    assert (limits["base__drawer"], limits["base__switch"], limits["base__button"]) == pytest.approx((0.22, 0.088, 0.02))
     links = {pb.getJointInfo(simulation.robot, i, simulation.client)[12].decode(): i for i in range(18) if i < 16}
     chosen = {"panda_hand": 8, "panda_leftfinger": 9, "panda_rightfinger": 11, "gripper_cam": 14, "tcp": 15}
     assert {name: links[name] for name in chosen} == chosen
@@ -143,19 +136,13 @@ def _check_link(client: int, uid: int, expected: dict) -> None:
     if number < 0:
         return
     info, joint = pb.getJointInfo(uid, number, client), expected["joint"]
-    assert (info[1].decode(), info[2], info[12].decode(), info[16]) == tuple(
-        joint[k] for k in ("name", "type", "linkName", "parentIndex")
-    )
+    assert (info[1].decode(), info[2], info[12].decode(), info[16]) == tuple(joint[k] for k in ("name", "type", "linkName", "parentIndex"))
     np.testing.assert_allclose(info[14], joint["parentFramePos"], atol=1e-5)
     assert abs(np.dot(info[15], joint["parentFrameOrn"])) == pytest.approx(1, abs=1e-9)
     if joint["type"] != pb.JOINT_FIXED:
-        np.testing.assert_allclose(
-            info[8:12], [joint[k] for k in ("lower", "upper", "maxForce", "maxVelocity")], atol=1e-9
-        )
+        np.testing.assert_allclose(info[8:12], [joint[k] for k in ("lower", "upper", "maxForce", "maxVelocity")], atol=1e-9)
         np.testing.assert_allclose(info[13], joint["axis"], atol=1e-6)
-    if (
-        "collision" in expected and expected["collision"]
-    ):  # Bullet pads the boxes of hulls by up to 4 mm, and of boxes not at all
+    if "collision" in expected and expected["collision"]:  # Bullet pads the boxes of hulls by up to 4 mm, and of boxes not at all
         np.testing.assert_allclose(pb.getAABB(uid, number, client), expected["aabb"], atol=0.006)
 
 
