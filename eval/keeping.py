@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,17 +27,6 @@ class Keep:
     max_steps: int  # control steps a subtask
     record: str = RECORD_NONE  # a Rerun recording of no chain, of those with an unsolved subtask or an error, or of all
     title: str = ""  # of the recordings
-
-    def __post_init__(self):
-        check_record(self.record)
-
-
-def check_record(record: str) -> None:
-    """Raises ValueError for anything but none, failures or all."""
-    if record not in RECORD_CHOICES:
-        close = difflib.get_close_matches(record, RECORD_CHOICES, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"eval.record={record} is not one of {', '.join(RECORD_CHOICES)}{hint}")
 
 
 def keeping_watcher(keep: Keep | None, *others: Watcher) -> Watcher:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from eval.chain import ChainResult, Decisions, Observation, Rules, Watcher, chain_steps, official_start
 from eval.environment import EnvConfig, PolicyOptions, load_policy
+from eval.keeping import Keep, keeping_watcher
 from eval.protocol import LH_MTLC, MTLC
 from eval.sequences import Chain
 from policies.base import Policy
@@ -30,6 +31,7 @@ class Job:
     protocol: str = LH_MTLC
     policy_options: PolicyOptions = field(default_factory=PolicyOptions)
     simulators: int = 1  # in one process, sharing its policy
+    keep: Keep | None = None  # beside the numbers
 
 
 @runtime_checkable
@@ -93,7 +95,8 @@ class LockStep:
     def begin(self, index: int, chain: Chain) -> None:
         """Start a chain in a free simulator, up to its first decision."""
         env, session = self.free.pop()
-        steps = chain_steps(env, session, index, chain, self.job.rules, watcher=self.watcher, start=self.start_of)
+        watcher = keeping_watcher(self.job.keep, *([self.watcher] if self.watcher else []))  # one a chain: several run at once
+        steps = chain_steps(env, session, index, chain, self.job.rules, watcher=watcher, start=self.start_of)
         chain_running = _Running(steps, session, env)
         chain_running.go_on(next, steps)
         self.running.append(chain_running)

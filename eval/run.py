@@ -25,6 +25,7 @@ import policies
 from envs.calvin.tasks import TASKS
 from eval.chain import Rules
 from eval.environment import EnvConfig, PolicyOptions, choose
+from eval.keeping import RECORD_CHOICES, RECORD_NONE, Keep
 from eval.lockstep import Job
 from eval.progress import LiveLine, duration
 from eval.protocol import (
@@ -67,9 +68,11 @@ class EvalOptions:
     # none, resampled_poses, unseen_wordings, pushes, latency, camera_jitter, disturbances (the last three), or a list of them
     variant: tuple[str, ...] | str = ()
     disturbance: DisturbanceOptions = field(default_factory=DisturbanceOptions)
+    record: str = RECORD_NONE  # Rerun recordings: none, failures (of chains not solved to the end) or all
 
     def __post_init__(self):
         choose("eval.protocol", self.protocol, PROTOCOLS)
+        choose("eval.record", self.record, RECORD_CHOICES)
         choose("eval.engine", self.engine, ENGINES)
         object.__setattr__(self, "variant", chosen_variants(self.variant))
         for name in ("num_sequences", "rollouts_per_task", "workers", "simulators", "max_steps"):
@@ -174,6 +177,12 @@ def _job(config: EvalConfig) -> Job:
         rules=rules,
         protocol=options.protocol,
         simulators=options.simulators,
+        keep=Keep(
+            folder=str(Path(config.output_dir).resolve()),
+            max_steps=options.steps,
+            record=options.record,
+            title=f"policy {config.policy}",
+        ),
     )
 
 
