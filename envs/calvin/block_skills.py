@@ -7,7 +7,7 @@ task begins can make that one impossible. So pushes and rotations end with the b
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import atan2, cos, hypot, sin
+from math import atan2, ceil, cos, hypot, sin
 
 import numpy as np
 from scipy.spatial.transform import Rotation
@@ -19,31 +19,35 @@ from envs.calvin.expert_arm import (
     DOWN,
     OPEN,
     PI,
+    TRAVEL_Z,
     Actions,
     Arm,
     Block,
     Interrupted,
     free_spot,
     nearest_turn,
+    wrap,
 )
 from envs.calvin.fixture_skills import FINGERS_HALF_M, FORWARD_Y, open_drawer, uncover
 from envs.calvin.layout import BLOCK_WIDTH_M, DRAWER_FLOOR_Z, SHELF_Z, TABLE_TOP_Z
+from envs.spec import MAX_RELATIVE_POSITION_M
 
 SHELF_TILT_RAD = -0.6
 MIDDLE_TILT_RAD = -0.3
 """A tilted hand had better lean back from the cabinet."""
 LEVEL_RAD = 0.08
-TURN_RAD = 1.35
+TURN_RAD, MOST_TURN_RAD = 1.35, 1.6
+ASTRAY_M = 0.06
 RAISED_M = 0.008
-FINGER_OPEN_M, FINGER_HALF_M = 0.044, 0.008
-"""Middle of an open finger from the middle of the hand, and half a finger's thickness."""
+FINGER_OPEN_M, FINGER_HALF_M, FINGER_WIDTH_HALF_M = 0.044, 0.008, 0.01
+"""Middle of an open finger from the middle of the hand, and half a finger's thickness and width."""
 CLOSED_HALF_M = 0.012
 """Half the thickness of the closed fingers at the height of a block."""
 SHIFT_M = 0.012
 WIDEST_M = 0.06
 """Longest side that the fingers close across with room to spare."""
 ROOM_Y = -0.06
-PUSH_M = 0.1
+PUSH_M, SHORT_M = 0.1, 0.03
 SURFACE_Z = {"table": TABLE_TOP_Z, "shelf": SHELF_Z, "drawer": DRAWER_FLOOR_Z, "floor": 0.0}
 
 
@@ -52,12 +56,13 @@ SURFACE_Z = {"table": TABLE_TOP_Z, "shelf": SHELF_Z, "drawer": DRAWER_FLOOR_Z, "
 
 @dataclass(frozen=True, slots=True)
 class Grip:
-    """A grasp from above: yaw of the hand [rad], x and y of its middle [m], and the blocks that a finger would come down on."""
+    """A grasp from above: yaw of the hand [rad], x and y of its middle [m], and what a finger would come down on."""
 
     yaw: float
     x: float
     y: float
     hit: tuple[Block, ...]
+    on_button: bool
 
 
 def grasp(arm: Arm, color: str, *, turn: float = 0.0) -> Actions:
@@ -68,16 +73,20 @@ def grasp(arm: Arm, color: str, *, turn: float = 0.0) -> Actions:
     if arm.held() == color:
         return
     block = arm.block(color)
-    grip = best_grip(block, arm.blocks(without=color), turn)
-    if grip.hit and block.place == "table":
-        yield from make_room(arm, block, grip.hit[0])
-        grip = best_grip(block, arm.blocks(without=color), turn)
+    grip = best_grip(arm, block, turn)
+    if block.place == "table" and (grip.hit or grip.on_button):
+        if grip.hit:
+            yield from make_room(arm, block, grip.hit[0])
+        else:
+            yield from push_back(arm, block, 0.07)
+        block = arm.block(color)
+        grip = best_grip(arm, block, turn)
     safe_z = max(CLEAR_Z, block.position[2] + 0.1)
     yield from arm.grip(OPEN, 4)
     yield from arm.up(safe_z)
     yield from arm.move([grip.x, grip.y, safe_z], [PI, 0, grip.yaw], hold=4, provided=arm.lies_at(block, 0.03))
     block = arm.block(color)
-    grip = best_grip(block, arm.blocks(without=color), turn)
+    grip = best_grip(arm, block, turn)
     height = block.position[2] + 0.002
     yield from arm.move([grip.x, grip.y, height], [PI, 0, grip.yaw], hold=6, tolerance_m=0.005, provided=arm.lies_at(block))
     yield from arm.grip(CLOSE)
@@ -85,42 +94,53 @@ def grasp(arm: Arm, color: str, *, turn: float = 0.0) -> Actions:
         raise Interrupted
 
 
-def best_grip(block: Block, others: list[Block], turn: float = 0.0) -> Grip:
-    """Fingers across a side that fits between them, clear of the neighbours, the short side first, near the middle of the wrist's range."""
+def best_grip(arm: Arm, block: Block, turn: float = 0.0, *, sideways: float = 1.0) -> Grip:
+    """Fingers across a side that fits between them, clear of neighbours and button, the short side first, the wrist near its middle.
+
+    turn: how far the wrist will turn afterwards [rad]. sideways: how much it matters that the fingers close along x.
+    """
     yaws = [block.yaw] if block.length > WIDEST_M else [block.yaw, block.yaw + PI / 2]
-    grips = [_grip(block, others, nearest_turn(yaw, PI / 2 - turn / 2), aside) for yaw in yaws for aside in (0.0, SHIFT_M, -SHIFT_M)]
+    shifts = (0.0, SHIFT_M, -SHIFT_M)
+    grips = [_grip(arm, block, nearest_turn(yaw, PI / 2 - turn / 2), aside) for yaw in yaws for aside in shifts]
 
     def cost(grip: Grip) -> float:
         across_long_side = block.length > BLOCK_WIDTH_M + 0.01 and abs(sin(grip.yaw - block.yaw)) > 0.5
         shifted = hypot(grip.x - block.position[0], grip.y - block.position[1])
-        return 10 * len(grip.hit) + 2 * across_long_side + abs(grip.yaw + turn / 2 - PI / 2) + 20 * shifted
+        return 10 * (len(grip.hit) + grip.on_button) + 2 * across_long_side + sideways * abs(grip.yaw + turn / 2 - PI / 2) + 20 * shifted
 
     return min(grips, key=cost)
 
 
-def _grip(block: Block, others: list[Block], yaw: float, aside_m: float) -> Grip:
+def _grip(arm: Arm, block: Block, yaw: float, aside_m: float) -> Grip:
     """The grasp with that yaw, the hand's middle aside by so much in the direction in which the fingers close."""
     along, across = sin(yaw), -cos(yaw)
     x, y = block.position[0] + aside_m * along, block.position[1] + aside_m * across
     fingers = [(x + side * FINGER_OPEN_M * along, y + side * FINGER_OPEN_M * across) for side in (1, -1)]
-    level = [other for other in others if abs(other.position[2] - block.position[2]) < 0.035]
-    return Grip(yaw, x, y, tuple(other for other in level if any(other.gap_to(*finger) < FINGER_HALF_M for finger in fingers)))
+    level = [other for other in arm.blocks(without=block.color) if abs(other.position[2] - block.position[2]) < 0.035]
+    hit = tuple(other for other in level if any(other.gap_to(*finger) < FINGER_HALF_M for finger in fingers))
+    button, radius = arm.layout.button, arm.layout.ring_radius + FINGER_HALF_M
+    return Grip(yaw, x, y, hit, any(hypot(px - button[0], py - button[1]) < radius for px, py in fingers))
 
 
 def make_room(arm: Arm, block: Block, neighbour: Block) -> Actions:
-    """Push a neighbour along y with closed fingers until a finger fits between it and the block."""
-    x, y, _ = neighbour.position
-    side = 1 if y < block.position[1] + 0.05 and y < ROOM_Y else -1
-    start = y - side * (neighbour.reach_along(PI / 2) + 0.03)
+    """Push a neighbour along y until a finger fits between it and the block: to the cabinet, or from it if it is near there already."""
+    yield from push_back(arm, neighbour, 0.07 if neighbour.position[1] < ROOM_Y else -0.07)
+
+
+def push_back(arm: Arm, block: Block, distance: float) -> Actions:
+    """Push a block along y with closed fingers: towards the cabinet, or towards the robot where the distance [m] is negative."""
+    x, y, _ = block.position
+    side = 1 if distance > 0 else -1
+    touching = block.reach_along(PI / 2) + FINGER_WIDTH_HALF_M
     yield from arm.grip(CLOSE, 1)
-    yield from arm.travel(x, start, DOWN)
-    yield from arm.move([x, start, 0.46], hold=3)
-    yield from arm.move([x, start + side * 0.10, 0.46], speed=0.6, hold=3)
+    yield from arm.travel(x, y - side * (touching + 0.02), DOWN)
+    yield from arm.move([x, y - side * (touching + 0.02), 0.46], hold=3)
+    yield from arm.move([x, y + distance - side * touching, 0.46], speed=0.6, hold=4)
     yield from arm.up(CLEAR_Z)
 
 
-def reach_for(arm: Arm, color: str) -> Actions:
-    """Take hold of a block wherever it lies: from above, or from the cabinet's shelf."""
+def reach_for(arm: Arm, color: str, *, turn: float = 0.0) -> Actions:
+    """Take hold of a block wherever it lies, from above, or on the cabinet's shelf. turn: as in `grasp`."""
     if arm.held() == color:
         return
     block = arm.block(color)
@@ -129,17 +149,19 @@ def reach_for(arm: Arm, color: str) -> Actions:
         raise Interrupted
     if block.place == "shelf":
         yield from grasp_on_shelf(arm, color)
-    else:
-        if block.place == "drawer":
-            yield from uncover_drawer(arm, color)
-        yield from grasp(arm, color)
+        return
+    if block.place == "drawer":
+        yield from uncover_drawer(arm, color)
+    yield from grasp(arm, color, turn=turn)
 
 
 def grasp_on_shelf(arm: Arm, color: str) -> Actions:
     """Take hold of a block in the cabinet, the hand tilted forward."""
     yield from uncover(arm, arm.block(color).position[0])
     block = arm.block(color)
-    (x, y, z), tilted = block.position, tilted_forward(SHELF_TILT_RAD, best_grip(block, arm.blocks(without=color)).yaw)
+    grip = best_grip(arm, block, sideways=3.0)
+    _, y, z = block.position
+    x, tilted = _inside_opening(arm, block, grip.x), tilted_forward(SHELF_TILT_RAD, grip.yaw)
     yield from arm.grip(OPEN, 1)
     yield from arm.up(CARRY_Z)
     yield from arm.move([x, FORWARD_Y, CARRY_Z], DOWN)
@@ -149,6 +171,15 @@ def grasp_on_shelf(arm: Arm, color: str) -> Actions:
     yield from arm.grip(CLOSE, 12)
     if arm.held() != color:
         raise Interrupted
+
+
+def _inside_opening(arm: Arm, block: Block, x: float) -> float:
+    """x of the hand, shifted a little where a finger would meet the door or the cabinet's side."""
+    for left, right in arm.layout.openings(arm.slide):
+        if left < block.position[0] < right and right - left > 2 * FINGERS_HALF_M:
+            inside = min(max(x, left + FINGERS_HALF_M), right - FINGERS_HALF_M)
+            return min(max(inside, block.position[0] - SHIFT_M), block.position[0] + SHIFT_M)
+    return x
 
 
 def tilted_forward(tilt: float, yaw: float) -> np.ndarray:
@@ -180,42 +211,78 @@ def lift_from_shelf(arm: Arm, color: str) -> Actions:
 
 
 def push(arm: Arm, color: str, start: Block, right: bool) -> Actions:
-    """Push the block along x until it is PUSH_M from `start`, and let it slide out of touch at the end."""
+    """Push the block along x until it is PUSH_M from `start`, without touching it as it gets there."""
     side = 1 if right else -1
+    block = arm.block(color)
+    left_to_go = PUSH_M - side * (block.position[0] - start.position[0])
+    past_ring = arm.layout.button[1] + arm.layout.ring_radius + block.reach_along(PI / 2) + 0.01
+    if _ring_is_ahead(arm, block, side, left_to_go):
+        yield from push_back(arm, block, past_ring - block.position[1])
+    elif left_to_go > SHORT_M:
+        yield from _stroke(arm, color, side, left_to_go)
+    else:
+        yield from _shift(arm, color, side * (left_to_go + 0.006))
+
+
+def _ring_is_ahead(arm: Arm, block: Block, side: int, distance: float) -> bool:
+    """Whether the block, pushed so far along x, would meet the button's ring."""
+    (x, y), radius = arm.layout.button, arm.layout.ring_radius
+    ahead = side * (x - block.position[0])
+    return 0 < ahead < distance + radius + block.reach_along(0) and abs(y - block.position[1]) < radius + block.reach_along(PI / 2)
+
+
+def _stroke(arm: Arm, color: str, side: int, distance: float) -> Actions:
+    """Push with closed fingers at full speed; when they stop, the block slides on for a centimetre or two, across the line."""
     block = arm.block(color)
     x, y, _ = block.position
     touching = block.reach_along(0) + CLOSED_HALF_M
-    left_to_go = max(PUSH_M - side * (x - start.position[0]), 0.02)
     yield from arm.grip(CLOSE, 1)
     yield from arm.travel(x - side * (touching + 0.03), y, DOWN)
-    block = arm.block(color)
-    x, y, _ = block.position
-    yield from arm.move([x - side * (touching + 0.03), y, 0.46], hold=4)
-    # The block slides on for some millimetres when the fingers stop, so it crosses the line untouched.
-    yield from arm.move([x + side * (left_to_go + 0.002 - touching), y, 0.46], speed=0.75)
-    yield from _until_at_rest(arm, color)
-    yield from arm.move([arm.target[0] - side * 0.02, y, 0.46])
-    yield from arm.up(0.54)
-
-
-def _until_at_rest(arm: Arm, color: str) -> Actions:
-    """Hold the pose until the block lies still: a finger that creeps on would still touch it when it crosses the line."""
+    y = arm.block(color).position[1]
+    yield from arm.move([x - side * (touching + 0.03), y, 0.46], hold=6, provided=arm.lies_at(block))
+    steps = ceil((distance + 0.03) / MAX_RELATIVE_POSITION_M)
+    # Steps of one length: a short last one would slow the fingers down before they stop.
+    yield from arm.move([x + side * (distance - touching), y, 0.46], speed=(distance + 0.03) / (steps * MAX_RELATIVE_POSITION_M))
     for _ in range(8):
         before = arm.block(color).position[0]
         yield arm.still()
         if abs(arm.block(color).position[0] - before) < 1e-3:
-            return
+            break
+    yield from arm.move([arm.target[0] - side * 0.02, y, 0.46])
+    yield from arm.up(TRAVEL_Z)
 
 
-def rotate(arm: Arm, color: str, left: bool) -> Actions:
-    """Raise the block a little, turn it, and let it fall into place."""
-    turn = TURN_RAD if left else -TURN_RAD
-    yield from grasp(arm, color, turn=turn)
+def _shift(arm: Arm, color: str, dx: float) -> Actions:
+    """The last centimetres of a push that fell short: raised a little, and dropped."""
+    yield from grasp(arm, color)
     x, y, z = arm.target[:3]
-    yield from arm.move([x, y, z + RAISED_M], hold=2, provided=arm.holds(color))
-    yield from arm.move([x, y, z + RAISED_M], arm.target[3:] + [0, 0, turn], hold=3, provided=arm.holds(color))
+    holds = arm.holds(color)
+    yield from arm.move([x, y, z + RAISED_M], hold=2, provided=holds)
+    goal = np.array([x + dx, y, z + RAISED_M])
+    yield from arm.move(goal, hold=6, tolerance_m=0.003, provided=holds)
+    # Stretched out far, the arm hangs back by millimetres that count here.
+    yield from arm.move(goal + [goal[0] - arm.tool[0], 0, 0], hold=6, tolerance_m=0.0, provided=holds)
     yield from arm.grip(OPEN)
-    yield from arm.up(0.54)
+    yield from arm.up(TRAVEL_Z)
+
+
+def rotate(arm: Arm, color: str, start: Block, left: bool) -> Actions:
+    """Raise the block a little, turn it, and let it fall into place: back to where it was at `start`, if it has been moved from there."""
+    goal_yaw = start.yaw + (TURN_RAD if left else -TURN_RAD)
+    turn = wrap(goal_yaw - arm.block(color).yaw)
+    turn = min(max(turn, -MOST_TURN_RAD), MOST_TURN_RAD)
+    yield from reach_for(arm, color, turn=turn)
+    x, y, z = arm.target[:3]
+    holds = arm.holds(color)
+    if hypot(*(arm.block(color).position - start.position)[:2]) > ASTRAY_M:
+        yield from arm.up(CARRY_Z)
+        yield from arm.move([*start.position[:2], CARRY_Z], [PI, 0, arm.target[5] + turn], hold=4, provided=holds)
+        yield from lower(arm, color, *start.position[:2], TABLE_TOP_Z)
+    else:
+        yield from arm.move([x, y, z + RAISED_M], hold=2, provided=holds)
+        yield from arm.move([x, y, z + RAISED_M], [PI, 0, arm.target[5] + turn], hold=3, provided=holds)
+        yield from arm.grip(OPEN)
+        yield from arm.up(TRAVEL_Z)
 
 
 # -- putting down
@@ -249,10 +316,10 @@ def put_down(arm: Arm, color: str, *, tilt: bool = True) -> Actions:
     yield from arm.up(CARRY_Z)
     euler = level(arm, color, arm.target[5]) if tilt else [PI, 0, arm.target[5]]
     yield from arm.move([x, y, CARRY_Z], euler, provided=arm.holds(color))
-    yield from _lower(arm, color, x, y, TABLE_TOP_Z)
+    yield from lower(arm, color, x, y, TABLE_TOP_Z)
 
 
-def _lower(arm: Arm, color: str, x: float, y: float, surface_z: float, above_m: float = 0.004) -> Actions:
+def lower(arm: Arm, color: str, x: float, y: float, surface_z: float, above_m: float = 0.004) -> Actions:
     """Bring the held block's centre over (x, y), its underside to a surface, and let go."""
     block = arm.block(color)
     dx, dy, dz = arm.tool[:3] - block.position
@@ -274,7 +341,7 @@ def place_in_drawer(arm: Arm, color: str) -> Actions:
     x, y = free_spot(spots, others, (arm.layout.drawer_x, (front + back) / 2), clearance_m=0.10)
     yield from arm.move([x, y, CARRY_Z], level(arm, color, PI / 2), provided=arm.holds(color))
     yield from arm.move([x, y, 0.42], provided=arm.holds(color))
-    yield from _lower(arm, color, x, y, DRAWER_FLOOR_Z, above_m=0.015)
+    yield from lower(arm, color, x, y, DRAWER_FLOOR_Z, above_m=0.015)
 
 
 def _inset(low: float, high: float, margin: float) -> list[float]:
@@ -311,7 +378,7 @@ def stack(arm: Arm, color: str) -> Actions:
     base = stack_base(arm, color)
     yield from arm.up(CARRY_Z + 0.02)
     x, y, z = base.position
-    yaw = nearest_turn(base.yaw, PI / 2)
+    yaw = nearest_turn(base.yaw, PI / 2, PI / 2)
     holds = arm.holds(color)
     yield from arm.move([x, y, CARRY_Z + 0.02], level(arm, color, yaw), hold=4, provided=holds)
     yield from make_level(arm, color, yaw)

@@ -66,7 +66,6 @@ def demonstrate(
     for step in range(config.max_steps):
         disturbed = burst.covers(step)
         if burst.ends_at(step):
-            expert.reset(instruction, task=task)
             next_frame = step
         if step == next_frame:
             images = env.observe()

@@ -18,6 +18,7 @@ from envs.calvin.tasks import COLORS, TASKS, check_task
 from envs.spec import ROBOT_OBS, SCENE_OBS
 
 CARRYING = ("place_in_drawer", "place_in_slider", "stack_block")
+HANDLE_HALF_M = 0.08
 TAKING = ("lift", "rotate", "push_into", "unstack")
 
 
@@ -51,12 +52,13 @@ class ExpertPolicy:
             raise RuntimeError("the expert was asked for an action before reset(instruction, task=...)")
         self.sense(observation)
         action = self._next_action()
-        self.executed(action)
+        self.arm.executed(action)
         return {"actions": action[None].astype(np.float32)}
 
     def executed(self, action: np.ndarray) -> None:
-        """Account for an action (7,) that the arm was given; called for our own, and by whoever injects others between."""
+        """Account for an action (7,) that somebody else gave the arm, and plan again from where it takes it."""
         self.arm.executed(action)
+        self.plan = None
 
     def sense(self, observation: dict[str, np.ndarray]) -> None:
         """Take in robot_obs (15,) and scene_obs (24,)."""
@@ -89,6 +91,10 @@ class ExpertPolicy:
             yield from block_skills.put_down(arm, held)
         elif arm.gripper < 0 and arm.width > 0.005:
             yield from arm.grip(OPEN, 8)
+        handle = arm.layout.slide_handle_x - arm.slide
+        if arm.tool[1] > 0 and abs(arm.tool[0] - handle) < HANDLE_HALF_M:  # in the door's handle, whose way out is along x
+            out = handle + (HANDLE_HALF_M if arm.tool[0] > handle else -HANDLE_HALF_M)
+            yield from arm.move([out, *arm.tool[1:3]])
         if arm.target[1] > -0.10:
             yield from arm.move([arm.target[0], min(arm.target[1], 0.0), max(arm.target[2], 0.53)])
             yield from arm.move([arm.target[0], FORWARD_Y, max(arm.target[2], 0.58)])
@@ -132,8 +138,8 @@ def _skills() -> dict[str, Skill]:
 def _skills_for(color: str) -> dict[str, Skill]:
     blocks = block_skills
     return {
-        f"rotate_{color}_block_right": lambda expert: blocks.rotate(expert.arm, color, left=False),
-        f"rotate_{color}_block_left": lambda expert: blocks.rotate(expert.arm, color, left=True),
+        f"rotate_{color}_block_right": lambda expert: blocks.rotate(expert.arm, color, expert.start[color], left=False),
+        f"rotate_{color}_block_left": lambda expert: blocks.rotate(expert.arm, color, expert.start[color], left=True),
         f"push_{color}_block_right": lambda expert: blocks.push(expert.arm, color, expert.start[color], right=True),
         f"push_{color}_block_left": lambda expert: blocks.push(expert.arm, color, expert.start[color], right=False),
         f"lift_{color}_block_table": lambda expert: blocks.lift(expert.arm, color),

@@ -11,8 +11,11 @@ FORWARD_Y = -0.12
 """y at which the hand is clear of the cabinet at any height."""
 HANDLE_Y = -0.015
 """y at which the fingertips are behind the front of the door's handle."""
-FINGERS_HALF_M = 0.055
+FINGERS_HALF_M = 0.06
 """Half the width of the open fingers, with room for them."""
+
+COVERED_M = 0.05
+"""A block's centre this near the door cannot be gripped."""
 
 
 def press_button(arm: Arm) -> Actions:
@@ -81,7 +84,7 @@ def uncover(arm: Arm, x: float) -> Actions:
     """Slide the door away from x, if it is in front of it or near."""
     layout = arm.layout
     left, right = layout.door[0] - arm.slide, layout.door[1] - arm.slide
-    if not left - FINGERS_HALF_M < x < right + FINGERS_HALF_M:
+    if not left - COVERED_M < x < right + COVERED_M:
         return
     to_left = x > (layout.cavity[0] + layout.cavity[1]) / 2 + 0.02
     yield from move_slider(arm, left=to_left)
