@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from eval.environment import EnvConfig
-from eval.protocol import deviations
+from eval.protocol import OFFICIAL_SINGLE_TASK, deviations
 from eval.provenance import git_commit, policy_provenance, versions
 from eval.sequences import CHAIN_LENGTH
 from eval.statistics import FEWEST_FOR_INTERVAL, summarise
 
 RESULTS_FILE, REPORT_FILE = "results.json", "report.html"
+NEEDED = (
+    "policy",
+    "num_sequences",
+    "scored",
+    "errors",
+    "average_length",
+    "success_rate",
+    "protocol",
+    "scene",
+    "simulator",
+    "chains",
+    "seed",
+)
+
+
+class UnreadableResults(ValueError):
+    """A file that does not hold the results of an evaluation, or whose figures do not add up."""
 
 
 def assemble(
@@ -32,7 +50,7 @@ def assemble(
     command's options. wall_s: duration of this invocation. length: subtasks in the longest chain.
     """
     summary = summarise(chains, seed, length)
-    return {
+    results = {
         "policy": policy,
         "num_sequences": len(chains),
         **summary,
@@ -49,6 +67,8 @@ def assemble(
         "timing": timing(chains, wall_s),
         "chains": chains,
     }
+    check_sums(results)
+    return results
 
 
 def facts(policy: str) -> dict[str, Any]:
@@ -82,15 +102,65 @@ def timing(chains: list[dict[str, Any]], wall_s: float) -> dict[str, float | int
 
 
 def headline(results: dict[str, Any]) -> str:
-    """One line: average length, interval, chains, simulator, and whether the protocol was followed."""
+    """One line: average length (or success rate), interval, chains, simulator, and whether the protocol was followed."""
+    single = results["protocol"]["name"] == OFFICIAL_SINGLE_TASK["name"]
+    kind = "rollout" if single else "chain"
     if results["average_length"] is None:
-        return f"no chain was scored: all {results['errors']} ended by an error"
-    low, high = results["ci95"]["average_length"]
+        return f"no {kind} was scored: all {results['errors']} ended by an error"
+    low, high = results["ci95"]["success_rate"][0] if single else results["ci95"]["average_length"]
     few = results["scored"] < FEWEST_FOR_INTERVAL
     interval = "too few for an interval" if few else f"95 % interval {low:.3f} to {high:.3f}"
-    chains = f"{results['scored']} chain{'s' if results['scored'] != 1 else ''}"
-    text = f"average length {results['average_length']:.3f} ({chains}; {interval}; simulator {results['simulator']})"
+    number = f"{results['scored']} {kind}{'s' if results['scored'] != 1 else ''}"
+    of = f" of {len(results['per_task'])} tasks" if single else ""
+    figure = f"{'success rate' if single else 'average length'} {results['average_length']:.3f}"
+    text = f"{figure} ({number}{of}; {interval}; simulator {results['simulator']})"
     return text + (f"; deviates from {results['protocol']['name']}: {'; '.join(results['deviations'])}" if results["deviations"] else "")
+
+
+def read_results(path: str | Path) -> dict[str, Any]:
+    """A results.json, or the folder that holds one. Its figures are checked against its chains.
+
+    Raises FileNotFoundError, UnreadableResults naming what is wrong.
+    """
+    path = Path(path)
+    path = path / RESULTS_FILE if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"no results {path}; give a results.json, or the folder that 'emu3-vla eval' wrote")
+    try:
+        results = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UnreadableResults(f"{path} is not JSON: {error}") from error
+    missing = [key for key in NEEDED if not isinstance(results, dict) or key not in results]
+    if missing:
+        raise UnreadableResults(f"{path} holds no results of an evaluation: {missing[0]!r} is missing")
+    try:
+        check_sums(results)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UnreadableResults(f"{path}: its chains are not those of an evaluation ({type(error).__name__}: {error})") from error
+    except UnreadableResults as error:
+        raise UnreadableResults(f"{path}: {error}") from error
+    return results
+
+
+def check_sums(results: dict[str, Any]) -> None:
+    """Raises UnreadableResults where figures do not add up: steps and successes of a chain's attempts, the average over chains, and the
+    success rates, whose sum is the average length."""
+    for chain in results["chains"]:
+        for key, total in (
+            ("steps", sum(attempt["steps"] for attempt in chain["attempts"])),
+            ("num_solved", sum(attempt["success"] for attempt in chain["attempts"])),
+        ):
+            if chain[key] != total:
+                raise UnreadableResults(f"chain {chain['index']} states {key} {chain[key]}, but its attempts make {total}")
+    solved = [chain["num_solved"] for chain in results["chains"] if chain["error"] is None]
+    if results["num_sequences"] != len(results["chains"]) or results["scored"] != len(solved):
+        stated = f"{results['num_sequences']} chains, {results['scored']} scored"
+        raise UnreadableResults(f"it states {stated}, but lists {len(results['chains'])}, {len(solved)} of them scored")
+    if not solved:
+        return
+    for name, figure in (("average_length", results["average_length"]), ("sum of success_rate", sum(results["success_rate"]))):
+        if not math.isclose(figure, sum(solved) / len(solved), abs_tol=1e-9):
+            raise UnreadableResults(f"its {name} is {figure}, but its chains make {sum(solved) / len(solved)}")
 
 
 def write_json(path: Path, content: Any) -> None:
