@@ -54,7 +54,7 @@ class VideoWriter(Watcher):
         """Finish the file and give it its name. Without a frame there is no file: an encoder that never began cannot be finished."""
         if not self.frames:
             self.container.close()
-            self.temporary.unlink()
+            self.temporary.unlink(missing_ok=True)
             return
         for packet in self.stream.encode():
             self.container.mux(packet)

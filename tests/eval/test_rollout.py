@@ -180,6 +180,21 @@ def test_obj_indices_of_every_form(tmp_path):
         load_mesh(tmp_path / "x.dae", np.ones(3))
 
 
+def test_visual_shapes_are_the_same_whoever_draws():
+    from envs.calvin import CalvinEnv
+    from envs.calvin.egl import RendererUnavailable
+
+    plain = CalvinEnv("D", observe="on_demand")
+    try:
+        opengl = CalvinEnv("D", observe="on_demand", renderer="egl")
+    except RendererUnavailable as error:
+        pytest.skip(str(error))
+    plain.reset(seed=1), opengl.reset(seed=1)
+    shapes = opengl.simulation.visual_shapes()
+    assert shapes == plain.simulation.visual_shapes()
+    np.testing.assert_array_equal(opengl.simulation.visual_poses(shapes), plain.simulation.visual_poses(shapes))
+
+
 def test_unknown_scene_of_the_environment_is_refused():
     with pytest.raises(ValueError, match="unknown scene 'Q'"):
         EnvConfig(scene="Q")
