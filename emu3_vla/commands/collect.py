@@ -15,6 +15,7 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from envs.calvin.demonstrate import DemonstrationConfig
+from eval.environment import OWN_SIMULATOR, EnvConfig
 
 MIN_BLOCK_DISTANCE_M = 0.10
 
@@ -23,12 +24,8 @@ MIN_BLOCK_DISTANCE_M = 0.10
 class CollectConfig:
     """Options of `emu3-vla collect`."""
 
-    scene: str = "D"
-    """CALVIN scene; the chains' states are defined for D."""
-    assets: str | None = None
-    """None for our own scenes, or calvin_env's data/ folder."""
-    version: str = "1431a46"
-    """calvin_env commit whose behaviour is followed."""
+    env: EnvConfig = field(default_factory=EnvConfig)
+    """Scene, assets and version; the simulator is our own."""
     shards: int = 64
     """Shards to write."""
     chains_per_shard: int = 16
@@ -49,22 +46,26 @@ class CollectConfig:
         for name in ("shards", "chains_per_shard", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.scene != "D":
-            raise ValueError(f"scene={self.scene!r}: the benchmark's chains and the expert's layout are known for scene D so far")
+        if self.env.simulator != OWN_SIMULATOR:
+            raise ValueError(
+                f"env.simulator={self.env.simulator}: its resets keep traces of earlier chains, so a shard would not depend on its seed "
+                f"alone; collect with {OWN_SIMULATOR}"
+            )
 
 
 def main(config: CollectConfig) -> None:
     """Write the missing shards of the store in `output_dir`."""
     from emu3_vla.data.episodes import EpisodeStore
     from envs.calvin.language import training_wordings
+    from envs.calvin.simulation import PINNED
     from envs.calvin.tasks import check_task
 
     wanted = [check_task(task) for task in config.tasks]
     wordings = {task: list(sentences) for task, sentences in training_wordings().items() if not wanted or task in wanted}
     metadata = {
-        "scene": config.scene,
-        "assets": config.assets or "own",
-        "calvin_env_version": config.version,
+        "scene": config.env.scene,
+        "assets": config.env.assets or "own",
+        "calvin_env_version": config.env.version or PINNED,
         "seed": config.seed,
         "frame_stride": config.demonstration.frame_stride,
         "chains_per_shard": config.chains_per_shard,
@@ -100,13 +101,12 @@ def _one_thread() -> None:
 def _collect_shard(job: tuple[CollectConfig, int]) -> tuple[int, int]:
     """Play and write one shard; returns (episodes kept, attempts that failed)."""
     from emu3_vla.data.episodes import EpisodeStore
-    from envs.calvin.env import CalvinEnv
     from envs.calvin.expert import ExpertPolicy
 
     config, index = job
     rng = np.random.default_rng([config.seed, index])
-    env = CalvinEnv(config.scene, assets=config.assets, observe="on_demand", version=config.version)
-    expert = ExpertPolicy(config.scene)
+    env = config.env.make()
+    expert = ExpertPolicy(config.env.scene)
     episodes, failed, played = [], 0, 0
     while played < config.chains_per_shard or not episodes:  # a shard holds at least one episode, however rare its tasks are
         kept, finished = _play_chain(env, expert, rng, config)

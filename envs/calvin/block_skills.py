@@ -47,6 +47,7 @@ SHIFT_M = 0.012
 WIDEST_M = 0.06
 """Longest side that the fingers close across with room to spare."""
 ROOM_Y = -0.06
+GRAZE_M = 0.01
 PUSH_M, SHORT_M = 0.1, 0.03
 SURFACE_Z = {"table": TABLE_TOP_Z, "shelf": SHELF_Z, "drawer": DRAWER_FLOOR_Z, "floor": 0.0}
 
@@ -159,7 +160,7 @@ def grasp_on_shelf(arm: Arm, color: str) -> Actions:
     """Take hold of a block in the cabinet, the hand tilted forward."""
     yield from uncover(arm, arm.block(color).position[0])
     block = arm.block(color)
-    grip = best_grip(arm, block, sideways=3.0)
+    grip = best_grip(arm, block, sideways=20.0)
     _, y, z = block.position
     x, tilted = _inside_opening(arm, block, grip.x), tilted_forward(SHELF_TILT_RAD, grip.yaw)
     yield from arm.grip(OPEN, 1)
@@ -215,7 +216,7 @@ def push(arm: Arm, color: str, start: Block, right: bool) -> Actions:
     side = 1 if right else -1
     block = arm.block(color)
     left_to_go = PUSH_M - side * (block.position[0] - start.position[0])
-    past_ring = arm.layout.button[1] + arm.layout.ring_radius + block.reach_along(PI / 2) + 0.01
+    past_ring = arm.layout.button[1] + arm.layout.ring_radius + block.reach_along(PI / 2)
     if _ring_is_ahead(arm, block, side, left_to_go):
         yield from push_back(arm, block, past_ring - block.position[1])
     elif left_to_go > SHORT_M:
@@ -228,7 +229,8 @@ def _ring_is_ahead(arm: Arm, block: Block, side: int, distance: float) -> bool:
     """Whether the block, pushed so far along x, would meet the button's ring."""
     (x, y), radius = arm.layout.button, arm.layout.ring_radius
     ahead = side * (x - block.position[0])
-    return 0 < ahead < distance + radius + block.reach_along(0) and abs(y - block.position[1]) < radius + block.reach_along(PI / 2)
+    aside = radius + block.reach_along(PI / 2) - GRAZE_M
+    return 0 < ahead < distance + radius + block.reach_along(0) and abs(y - block.position[1]) < aside
 
 
 def _stroke(arm: Arm, color: str, side: int, distance: float) -> Actions:
@@ -427,15 +429,15 @@ def is_on_another(arm: Arm, block: Block) -> bool:
     )
 
 
-def block_to_carry(arm: Arm, place: str = "") -> str:
-    """The held block, else the one to take up: on the table rather than elsewhere, not in `place`, the nearest of those."""
+def block_to_carry(arm: Arm, first: str | None, away_from: str = "") -> str:
+    """The held block, else `first`, else one to take up: not in `away_from`, on the table rather than elsewhere, the nearest of those."""
     held = arm.held()
     if held:
         return held
     blocks = [block for block in arm.blocks() if block.place != "floor"]
     if not blocks:
         raise Interrupted
-    return min(blocks, key=lambda block: (block.place == place, block.place != "table", arm.distance_to(block))).color
+    return min(blocks, key=lambda b: (b.color != first, b.place == away_from, b.place != "table", arm.distance_to(b))).color
 
 
 def lifted_m(arm: Arm, block: Block) -> float:

@@ -19,6 +19,7 @@ from envs.spec import ROBOT_OBS, SCENE_OBS
 
 CARRYING = ("place_in_drawer", "place_in_slider", "stack_block")
 HANDLE_HALF_M = 0.08
+JAMMED_M = 0.06
 TAKING = ("lift", "rotate", "push_into", "unstack")
 
 
@@ -65,6 +66,7 @@ class ExpertPolicy:
         self.arm.sense(observation)
         if self.start is None:
             self.start = {block.color: block for block in self.arm.blocks()}
+            self.start_held = self.arm.held()
 
     def _next_action(self) -> np.ndarray:
         for _ in range(3):
@@ -85,9 +87,14 @@ class ExpertPolicy:
         """Let go of what is not wanted, back out of the cabinet or off a handle, and level the wrist."""
         arm = self.arm
         held = arm.held()
+        if arm.off_target_m() > JAMMED_M:  # pushed against something: first stop pushing
+            yield from arm.move(arm.tool[:3], arm.tool[3:])
         if held and self._wants(held):
+            if arm.tool[1] > 0:
+                yield from self._back_out()
             return
         if held and block_skills.lifted_m(arm, arm.block(held)) > 0.012:
+            yield from self._back_out()
             yield from block_skills.put_down(arm, held)
         elif arm.gripper < 0 and arm.width > 0.005:
             yield from arm.grip(OPEN, 8)
@@ -95,11 +102,16 @@ class ExpertPolicy:
         if arm.tool[1] > 0 and abs(arm.tool[0] - handle) < HANDLE_HALF_M:  # in the door's handle, whose way out is along x
             out = handle + (HANDLE_HALF_M if arm.tool[0] > handle else -HANDLE_HALF_M)
             yield from arm.move([out, *arm.tool[1:3]])
+        yield from self._back_out()
+        yield from arm.up(CLEAR_Z)
+        yield from arm.move(arm.target[:3], [PI, 0, arm.target[5]])
+
+    def _back_out(self) -> Actions:
+        """Out of the cabinet's way, above what stands on the table."""
+        arm = self.arm
         if arm.target[1] > -0.10:
             yield from arm.move([arm.target[0], min(arm.target[1], 0.0), max(arm.target[2], 0.53)])
             yield from arm.move([arm.target[0], FORWARD_Y, max(arm.target[2], 0.58)])
-        yield from arm.up(CLEAR_Z)
-        yield from arm.move(arm.target[:3], [PI, 0, arm.target[5]])
 
     def _wants(self, held: str) -> bool:
         """Whether the task is done with that block in the fingers."""
@@ -113,6 +125,11 @@ class ExpertPolicy:
 Skill = Callable[[ExpertPolicy], Actions]
 
 
+def _carrying(skill: Callable[[Arm, str], Actions], away_from: str = "") -> Skill:
+    """A skill done with the block that was held when the task began; where none was, with one that is not `away_from` yet."""
+    return lambda expert: skill(expert.arm, block_skills.block_to_carry(expert.arm, expert.start_held, away_from))
+
+
 def _skills() -> dict[str, Skill]:
     fixtures, blocks = fixture_skills, block_skills
     skills: dict[str, Skill] = {
@@ -124,10 +141,10 @@ def _skills() -> dict[str, Skill]:
         "close_drawer": lambda expert: fixtures.close_drawer(expert.arm),
         "move_slider_left": lambda expert: fixtures.move_slider(expert.arm, left=True),
         "move_slider_right": lambda expert: fixtures.move_slider(expert.arm, left=False),
-        "place_in_drawer": lambda expert: blocks.place_in_drawer(expert.arm, blocks.block_to_carry(expert.arm, "drawer")),
-        "push_into_drawer": lambda expert: blocks.place_in_drawer(expert.arm, blocks.block_to_carry(expert.arm, "drawer")),
-        "place_in_slider": lambda expert: blocks.place_in_slider(expert.arm, blocks.block_to_carry(expert.arm, "shelf")),
-        "stack_block": lambda expert: blocks.stack(expert.arm, blocks.block_to_carry(expert.arm)),
+        "place_in_drawer": _carrying(blocks.place_in_drawer, away_from="drawer"),
+        "push_into_drawer": _carrying(blocks.place_in_drawer, away_from="drawer"),
+        "place_in_slider": _carrying(blocks.place_in_slider, away_from="shelf"),
+        "stack_block": _carrying(blocks.stack),
         "unstack_block": lambda expert: blocks.unstack(expert.arm),
     }
     for color in COLORS:

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from emu3_vla import cli
+from emu3_vla.commands.collect import CollectConfig
 from emu3_vla.data.episodes import EpisodeStore
+from eval.environment import EnvConfig
 
 OPTIONS = ("preset=debug", "shards=3", "workers=1", "demonstration.frame_stride=20")
 
@@ -53,3 +55,24 @@ def test_store_says_what_it_holds(whole):
     episode = store.read_shard(0)[0]
     assert episode.instruction in store.metadata["wordings"][episode.task]
     assert np.all(np.diff(episode.frame_step) <= 20)
+
+
+@pytest.mark.parametrize("scene", ["A", "B", "C"])
+def test_other_scenes_are_collected(scene, tmp_path):
+    options = ("preset=debug", "shards=1", "workers=1", "demonstration.frame_stride=20", f"env.scene={scene}")
+    assert cli.main(["collect", *options, f"output_dir={tmp_path}"]) == 0
+    store = EpisodeStore.open(tmp_path)
+    assert (store.metadata["scene"], store.metadata["assets"], store.metadata["calvin_env_version"]) == (scene, "own", "1431a46")
+    assert store.totals().episodes >= 1
+
+
+def test_the_original_simulator_is_refused():
+    with pytest.raises(ValueError, match="collect with emu3-vla"):
+        CollectConfig(env=_original())
+
+
+def _original():
+    """As an EnvConfig that names the original simulator, which need not be installed for this."""
+    config = EnvConfig()
+    object.__setattr__(config, "simulator", "calvin_env")
+    return config

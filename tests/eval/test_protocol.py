@@ -22,7 +22,7 @@ def test_the_official_settings_deviate_in_nothing():
         ({"chains": 100}, "the first 100 of the 1000 chains"),
         ({"max_steps": 200}, "200 steps a subtask for 360"),
         ({"tasks": 12}, "only chains of 12 chosen tasks for all 34"),
-        ({"scene": "B"}, "scene B for D"),
+        ({"scene": "B"}, "scene B for D, its chains begun in initial states of our own"),
         ({"own_assets": True}, "emu3-vla's own low-polygon assets for those of calvin_env data/"),
         ({"version": "797142c"}, "calvin_env 797142c for 1431a46"),
         ({"own_sentences": True}, "emu3-vla's own validation sentences for CALVIN's validation sentences"),
