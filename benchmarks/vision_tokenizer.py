@@ -38,7 +38,7 @@ def main() -> None:
     results: dict[str, object] = {"torch": torch.__version__, "threads": 1}
     if reference := os.environ.get("EMU3_VLA_REFERENCE"):
         tiny = VisionTokenizer.from_pretrained(Path(reference) / "emu3" / "baai_vq_tiny")
-        results["emu3, recorded tiny weights"] = against_transformers(tiny, 64, 15, compiled=False)
+        results["emu3, recorded tiny weights"] = against_transformers(tiny, 256, 5, compiled=False)
     if not options.skip_emu3:
         torch.manual_seed(0)
         tokenizer = Emu3Tokenizer.from_sizes(Emu3Config(base_channels=options.base_channels)).eval()
