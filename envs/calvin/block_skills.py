@@ -6,13 +6,13 @@ task begins can make that one impossible. So pushes and rotations end with the b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import atan2, ceil, cos, hypot, sin
+from math import atan2, ceil, hypot
 
 import numpy as np
 from scipy.spatial.transform import Rotation
 
 from envs.calvin.expert_arm import (
+    BLOCK_Z,
     CARRY_Z,
     CLEAR_Z,
     CLOSE,
@@ -28,172 +28,33 @@ from envs.calvin.expert_arm import (
     nearest_turn,
     wrap,
 )
-from envs.calvin.fixture_skills import FINGERS_HALF_M, FORWARD_Y, open_drawer, uncover
-from envs.calvin.layout import BLOCK_WIDTH_M, DRAWER_FLOOR_Z, SHELF_Z, TABLE_TOP_Z
+from envs.calvin.fixture_skills import FINGERS_HALF_M, FORWARD_Y
+from envs.calvin.grasping import SHELF_TILT_RAD, grasp, push_back, reach_for
+from envs.calvin.layout import DRAWER_FLOOR_Z, SHELF_Z, TABLE_TOP_Z
+from envs.calvin.tasks import PUSH_M
 from envs.spec import MAX_RELATIVE_POSITION_M
 
-SHELF_TILT_RAD = -0.6
 MIDDLE_TILT_RAD = -0.3
-"""A tilted hand had better lean back from the cabinet."""
+"""A tilted hand had better lean back from the cabinet than over it."""
 LEVEL_RAD = 0.08
 TURN_RAD, MOST_TURN_RAD = 1.35, 1.6
+"""How far a block is rotated (the oracle asks for 60 degrees), and the most that the wrist turns at once."""
 ASTRAY_M = 0.06
+"""A block that was moved this far is put back when it is rotated: it counts within 0.1 m alone."""
 RAISED_M = 0.008
-FINGER_OPEN_M, FINGER_HALF_M, FINGER_WIDTH_HALF_M = 0.044, 0.008, 0.01
-"""Middle of an open finger from the middle of the hand, and half a finger's thickness and width."""
+"""How high a block is raised to be turned or shifted, and dropped from."""
 CLOSED_HALF_M = 0.012
 """Half the thickness of the closed fingers at the height of a block."""
-SHIFT_M = 0.012
-WIDEST_M = 0.06
-"""Longest side that the fingers close across with room to spare."""
-ROOM_Y = -0.06
+RUN_UP_M = 0.03
+"""Gap from which the fingers set out to push."""
+SHORT_M = 0.03
+"""What is left of a push when it is too little for another one."""
 GRAZE_M = 0.01
-PUSH_M, SHORT_M = 0.1, 0.03
+"""A block may overlap the button's ring by so much in passing."""
+STACK_Z = CARRY_Z + 0.02
+"""Height at which a held block passes over a stack."""
+SHELF_Y = 0.09
 SURFACE_Z = {"table": TABLE_TOP_Z, "shelf": SHELF_Z, "drawer": DRAWER_FLOOR_Z, "floor": 0.0}
-
-
-# -- grasping
-
-
-@dataclass(frozen=True, slots=True)
-class Grip:
-    """A grasp from above: yaw of the hand [rad], x and y of its middle [m], and what a finger would come down on."""
-
-    yaw: float
-    x: float
-    y: float
-    hit: tuple[Block, ...]
-    on_button: bool
-
-
-def grasp(arm: Arm, color: str, *, turn: float = 0.0) -> Actions:
-    """Take hold of a block from above, across its short side. turn: how far the wrist will turn after it [rad].
-
-    Raises Interrupted if missed.
-    """
-    if arm.held() == color:
-        return
-    block = arm.block(color)
-    grip = best_grip(arm, block, turn)
-    if block.place == "table" and (grip.hit or grip.on_button):
-        if grip.hit:
-            yield from make_room(arm, block, grip.hit[0])
-        else:
-            yield from push_back(arm, block, 0.07)
-        block = arm.block(color)
-        grip = best_grip(arm, block, turn)
-    safe_z = max(CLEAR_Z, block.position[2] + 0.1)
-    yield from arm.grip(OPEN, 4)
-    yield from arm.up(safe_z)
-    yield from arm.move([grip.x, grip.y, safe_z], [PI, 0, grip.yaw], hold=4, provided=arm.lies_at(block, 0.03))
-    block = arm.block(color)
-    grip = best_grip(arm, block, turn)
-    height = block.position[2] + 0.002
-    yield from arm.move([grip.x, grip.y, height], [PI, 0, grip.yaw], hold=6, tolerance_m=0.005, provided=arm.lies_at(block))
-    yield from arm.grip(CLOSE)
-    if arm.held() != color:
-        raise Interrupted
-
-
-def best_grip(arm: Arm, block: Block, turn: float = 0.0, *, sideways: float = 1.0) -> Grip:
-    """Fingers across a side that fits between them, clear of neighbours and button, the short side first, the wrist near its middle.
-
-    turn: how far the wrist will turn afterwards [rad]. sideways: how much it matters that the fingers close along x.
-    """
-    yaws = [block.yaw] if block.length > WIDEST_M else [block.yaw, block.yaw + PI / 2]
-    shifts = (0.0, SHIFT_M, -SHIFT_M)
-    grips = [_grip(arm, block, nearest_turn(yaw, PI / 2 - turn / 2), aside) for yaw in yaws for aside in shifts]
-
-    def cost(grip: Grip) -> float:
-        across_long_side = block.length > BLOCK_WIDTH_M + 0.01 and abs(sin(grip.yaw - block.yaw)) > 0.5
-        shifted = hypot(grip.x - block.position[0], grip.y - block.position[1])
-        return 10 * (len(grip.hit) + grip.on_button) + 2 * across_long_side + sideways * abs(grip.yaw + turn / 2 - PI / 2) + 20 * shifted
-
-    return min(grips, key=cost)
-
-
-def _grip(arm: Arm, block: Block, yaw: float, aside_m: float) -> Grip:
-    """The grasp with that yaw, the hand's middle aside by so much in the direction in which the fingers close."""
-    along, across = sin(yaw), -cos(yaw)
-    x, y = block.position[0] + aside_m * along, block.position[1] + aside_m * across
-    fingers = [(x + side * FINGER_OPEN_M * along, y + side * FINGER_OPEN_M * across) for side in (1, -1)]
-    level = [other for other in arm.blocks(without=block.color) if abs(other.position[2] - block.position[2]) < 0.035]
-    hit = tuple(other for other in level if any(other.gap_to(*finger) < FINGER_HALF_M for finger in fingers))
-    button, radius = arm.layout.button, arm.layout.ring_radius + FINGER_HALF_M
-    return Grip(yaw, x, y, hit, any(hypot(px - button[0], py - button[1]) < radius for px, py in fingers))
-
-
-def make_room(arm: Arm, block: Block, neighbour: Block) -> Actions:
-    """Push a neighbour along y until a finger fits between it and the block: to the cabinet, or from it if it is near there already."""
-    yield from push_back(arm, neighbour, 0.07 if neighbour.position[1] < ROOM_Y else -0.07)
-
-
-def push_back(arm: Arm, block: Block, distance: float) -> Actions:
-    """Push a block along y with closed fingers: towards the cabinet, or towards the robot where the distance [m] is negative."""
-    x, y, _ = block.position
-    side = 1 if distance > 0 else -1
-    touching = block.reach_along(PI / 2) + FINGER_WIDTH_HALF_M
-    yield from arm.grip(CLOSE, 1)
-    yield from arm.travel(x, y - side * (touching + 0.02), DOWN)
-    yield from arm.move([x, y - side * (touching + 0.02), 0.46], hold=3)
-    yield from arm.move([x, y + distance - side * touching, 0.46], speed=0.6, hold=4)
-    yield from arm.up(CLEAR_Z)
-
-
-def reach_for(arm: Arm, color: str, *, turn: float = 0.0) -> Actions:
-    """Take hold of a block wherever it lies, from above, or on the cabinet's shelf. turn: as in `grasp`."""
-    if arm.held() == color:
-        return
-    block = arm.block(color)
-    if block.place == "floor":
-        yield from arm.wait(30)
-        raise Interrupted
-    if block.place == "shelf":
-        yield from grasp_on_shelf(arm, color)
-        return
-    if block.place == "drawer":
-        yield from uncover_drawer(arm, color)
-    yield from grasp(arm, color, turn=turn)
-
-
-def grasp_on_shelf(arm: Arm, color: str) -> Actions:
-    """Take hold of a block in the cabinet, the hand tilted forward."""
-    yield from uncover(arm, arm.block(color).position[0])
-    block = arm.block(color)
-    grip = best_grip(arm, block, sideways=20.0)
-    _, y, z = block.position
-    x, tilted = _inside_opening(arm, block, grip.x), tilted_forward(SHELF_TILT_RAD, grip.yaw)
-    yield from arm.grip(OPEN, 1)
-    yield from arm.up(CARRY_Z)
-    yield from arm.move([x, FORWARD_Y, CARRY_Z], DOWN)
-    yield from arm.move([x, y - 0.12, 0.58], tilted, provided=arm.lies_at(block))
-    yield from arm.move([x, y - 0.06, z + 0.06], tilted, hold=2, provided=arm.lies_at(block))
-    yield from arm.move([x, y - 0.005, z + 0.005], tilted, hold=12, tolerance_m=0.005, provided=arm.lies_at(block))
-    yield from arm.grip(CLOSE, 12)
-    if arm.held() != color:
-        raise Interrupted
-
-
-def _inside_opening(arm: Arm, block: Block, x: float) -> float:
-    """x of the hand, shifted a little where a finger would meet the door or the cabinet's side."""
-    for left, right in arm.layout.openings(arm.slide):
-        if left < block.position[0] < right and right - left > 2 * FINGERS_HALF_M:
-            inside = min(max(x, left + FINGERS_HALF_M), right - FINGERS_HALF_M)
-            return min(max(inside, block.position[0] - SHIFT_M), block.position[0] + SHIFT_M)
-    return x
-
-
-def tilted_forward(tilt: float, yaw: float) -> np.ndarray:
-    """Euler angles of a hand that points down with that yaw and is then tilted about the world's x axis: fingers forward, palm back."""
-    euler = (Rotation.from_euler("x", -tilt) * Rotation.from_euler("xyz", [PI, 0, yaw])).as_euler("xyz")
-    return euler if abs(euler[0]) > PI / 2 else np.array([euler[0] + PI, PI - euler[1], euler[2] + PI])
-
-
-def uncover_drawer(arm: Arm, color: str) -> Actions:
-    """Pull the drawer out where the block in it is still under the table's edge."""
-    if arm.block(color).position[1] > -0.205 and arm.drawer < arm.layout.drawer_limit - 0.01:
-        yield from open_drawer(arm)
-        yield from arm.up(CLEAR_Z)
 
 
 def lift(arm: Arm, color: str) -> Actions:
@@ -239,18 +100,18 @@ def _stroke(arm: Arm, color: str, side: int, distance: float) -> Actions:
     x, y, _ = block.position
     touching = block.reach_along(0) + CLOSED_HALF_M
     yield from arm.grip(CLOSE, 1)
-    yield from arm.travel(x - side * (touching + 0.03), y, DOWN)
+    yield from arm.travel(x - side * (touching + RUN_UP_M), y, DOWN)
     y = arm.block(color).position[1]
-    yield from arm.move([x - side * (touching + 0.03), y, 0.46], hold=6, provided=arm.lies_at(block))
-    steps = ceil((distance + 0.03) / MAX_RELATIVE_POSITION_M)
+    yield from arm.move([x - side * (touching + RUN_UP_M), y, BLOCK_Z], hold=6, provided=arm.lies_at(block))
+    steps = ceil((distance + RUN_UP_M) / MAX_RELATIVE_POSITION_M)
     # Steps of one length: a short last one would slow the fingers down before they stop.
-    yield from arm.move([x + side * (distance - touching), y, 0.46], speed=(distance + 0.03) / (steps * MAX_RELATIVE_POSITION_M))
+    yield from arm.move([x + side * (distance - touching), y, BLOCK_Z], speed=(distance + RUN_UP_M) / (steps * MAX_RELATIVE_POSITION_M))
     for _ in range(8):
         before = arm.block(color).position[0]
         yield arm.still()
         if abs(arm.block(color).position[0] - before) < 1e-3:
             break
-    yield from arm.move([arm.target[0] - side * 0.02, y, 0.46])
+    yield from arm.move([arm.target[0] - side * 0.02, y, BLOCK_Z])
     yield from arm.up(TRAVEL_Z)
 
 
@@ -339,7 +200,7 @@ def place_in_drawer(arm: Arm, color: str) -> Actions:
     margin = FINGERS_HALF_M + 0.005
     xs = np.linspace(left + margin, right - margin, 9)
     spots = [(x, y) for x in xs for y in _inset(front, back, 0.045)]
-    others = [other for other in arm.blocks(without=color, place="drawer")]
+    others = arm.blocks(without=color, place="drawer")
     x, y = free_spot(spots, others, (arm.layout.drawer_x, (front + back) / 2), clearance_m=0.10)
     yield from arm.move([x, y, CARRY_Z], level(arm, color, PI / 2), provided=arm.holds(color))
     yield from arm.move([x, y, 0.42], provided=arm.holds(color))
@@ -355,13 +216,12 @@ def _inset(low: float, high: float, margin: float) -> list[float]:
 
 def place_in_slider(arm: Arm, color: str) -> Actions:
     """Carry a block through the cabinet's open half to a free place on the shelf."""
-    if arm.held() != color:
-        yield from reach_for(arm, color)
+    yield from reach_for(arm, color)
     left, right = arm.layout.opening(arm.slide)
     xs = np.arange(left + FINGERS_HALF_M, right - FINGERS_HALF_M + 0.005, 0.01)
-    spots = [(x, 0.09) for x in xs] or [((left + right) / 2, 0.09)]
+    spots = [(x, SHELF_Y) for x in xs] or [((left + right) / 2, SHELF_Y)]
     others = arm.blocks(without=color, place="shelf")
-    x, _ = free_spot(spots, others, ((left + right) / 2, 0.09), clearance_m=0.10)
+    x, _ = free_spot(spots, others, ((left + right) / 2, SHELF_Y), clearance_m=0.10)
     tilted = [PI, SHELF_TILT_RAD, PI / 2]
     holds = arm.holds(color)
     yield from arm.up(CARRY_Z)
@@ -378,11 +238,11 @@ def stack(arm: Arm, color: str) -> Actions:
     """Set a block on another that lies free."""
     yield from reach_for(arm, color)
     base = stack_base(arm, color)
-    yield from arm.up(CARRY_Z + 0.02)
+    yield from arm.up(STACK_Z)
     x, y, z = base.position
     yaw = nearest_turn(base.yaw, PI / 2, PI / 2)
     holds = arm.holds(color)
-    yield from arm.move([x, y, CARRY_Z + 0.02], level(arm, color, yaw), hold=4, provided=holds)
+    yield from arm.move([x, y, STACK_Z], level(arm, color, yaw), hold=4, provided=holds)
     yield from make_level(arm, color, yaw)
     base = arm.block(base.color)
     block = arm.block(color)
@@ -394,23 +254,24 @@ def stack(arm: Arm, color: str) -> Actions:
         yield from put_down(arm, color, tilt=False)
         raise Interrupted
     yield from arm.grip(OPEN, 14)
-    yield from arm.move([*arm.target[:2], CARRY_Z + 0.02], hold=20)
+    yield from arm.move([*arm.target[:2], STACK_Z], hold=20)
     yield from arm.wait(8)
 
 
 def stack_base(arm: Arm, color: str) -> Block:
-    """The block to stack on: lying on the table if there is one, else wherever there is one with nothing on top."""
+    """The block to stack on: one with nothing on top, lying on the table if there is one."""
     others = [block for block in arm.blocks(without=color) if block.place != "floor"]
     if not others:
         raise Interrupted
-    return min(others, key=lambda block: (block.place != "table", block.place != "drawer", abs(block.position[0] - 0.1)))
+    covered = {below.color for block in others for below in others if is_on_another(arm, block) and below is not block}
+    return min(others, key=lambda b: (b.color in covered, b.place != "table", b.place != "drawer", abs(b.position[0] - 0.1)))
 
 
 def unstack(arm: Arm) -> Actions:
     """Take the top block off, and lay it on the table."""
     color = top_block(arm)
     yield from reach_for(arm, color)
-    yield from arm.up(CARRY_Z + 0.02)
+    yield from arm.up(STACK_Z)
     yield from put_down(arm, color)
 
 

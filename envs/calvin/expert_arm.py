@@ -24,6 +24,8 @@ from envs.spec import ACTION_DIM, MAX_RELATIVE_POSITION_M, MAX_RELATIVE_ROTATION
 PI = np.pi
 DOWN = np.array([PI, 0, PI / 2])
 OPEN, CLOSE = 1.0, -1.0
+BLOCK_Z = TABLE_TOP_Z + BLOCK_WIDTH_M / 2
+"""Height of the middle of a block that lies on the table."""
 CLEAR_Z = 0.56
 """Height at which closed fingers pass over everything on the table but a stack."""
 TRAVEL_Z = 0.53
