@@ -47,11 +47,7 @@ class TokenTable:
         flat = _flat(rows)
         if len(flat) == 0 or flat.min() < 0 or flat.max() >= len(self._length):
             self._explain(rows, expected)
-        length = self._length.take(flat)
-        end = np.append(0, np.cumsum(length))
-        source = np.repeat(self._begin.take(flat) - end[:-1], length)
-        source += np.arange(len(source))
-        text = self._pool.take(source)
+        text, end = self._text(flat)
         bounds = end[np.append(0, np.cumsum([len(row) for row in rows]))]
         try:
             points = np.frombuffer(text.tobytes().decode("utf-8").encode("utf-32-le"), dtype="<u4")
@@ -60,6 +56,17 @@ class TokenTable:
         if points is None or not _each_holds(text, bounds, expected):
             self._explain(rows, expected)
         return points
+
+    def _text(self, flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The bytes of `flat` ids, one after another: uint8 (L,); and where each id begins, with L at the end: int64 (K + 1,)."""
+        length = self._length.take(flat)
+        end = np.append(0, np.cumsum(length))
+        # Each byte lies one after the one before it in the pool, but for a jump wherever an id begins. Every id has a byte.
+        jump = self._begin.take(flat)
+        jump[1:] -= jump[:-1] + length[:-1] - 1
+        source = np.ones(end[-1], np.intp)
+        source[end[:-1]] = jump
+        return self._pool.take(np.cumsum(source, out=source)), end
 
     def code_points_lenient(self, ids: Sequence[Sequence[int]], *, expected: int, fill: int) -> tuple[np.ndarray, Repairs]:
         """Code points as `code_points` gives them, each list mended to `expected`; and what that took."""

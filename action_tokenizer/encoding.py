@@ -39,8 +39,13 @@ class ChunkEncoder:
         starts = begins[::length] if self._splitter is None else begins[self._splitter.starts(points, length)]
         ids, position = self._merger.encode(text, starts)
         cuts = [*np.searchsorted(position, begins[::length]).tolist(), len(ids)]
-        flat = ids.tolist()
+        flat = self._integers.take(ids).tolist()
         return [flat[start:end] for start, end in zip(cuts[:-1], cuts[1:], strict=True)]
+
+    @cached_property
+    def _integers(self) -> np.ndarray:
+        """Each id as the one Python integer that every list shares: no allocation an id, and lists are read again from cache."""
+        return np.array(range(self._bpe.get_vocab_size()), dtype=object)
 
     @cached_property
     def _splitter(self) -> WordSplitter | None:
