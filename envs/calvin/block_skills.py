@@ -6,7 +6,7 @@ task begins can make that one impossible. So pushes and rotations end with the b
 
 from __future__ import annotations
 
-from math import atan2, ceil, hypot
+from math import atan2, ceil, hypot, inf
 
 import numpy as np
 from scipy.spatial.transform import Rotation
@@ -43,14 +43,22 @@ ASTRAY_M = 0.06
 """A block that was moved this far is put back when it is rotated: it counts within 0.1 m alone."""
 RAISED_M = 0.008
 """How high a block is raised to be turned or shifted, and dropped from."""
+OVER_RING_M = 0.03
+"""How high it is raised to pass over the button's ring."""
 CLOSED_HALF_M = 0.012
 """Half the thickness of the closed fingers at the height of a block."""
 RUN_UP_M = 0.03
 """Gap from which the fingers set out to push."""
 SHORT_M = 0.03
 """What is left of a push when it is too little for another one."""
+SLIDE_ON_M = 0.02
+"""How far a pushed block may slide on."""
 GRAZE_M = 0.01
-"""A block may overlap the button's ring by so much in passing."""
+"""A block may overlap the button's ring by so much."""
+CLEAR_OF_DOOR_Y = -0.045
+"""Further back, fingers that push along x meet the door's handle."""
+NEAR_ROBOT_X, STEEP_RAD = -0.2, 0.3
+"""To the left of this x, so near to the robot, the hand cannot be tilted by more than this."""
 STACK_Z = CARRY_Z + 0.02
 """Height at which a held block passes over a stack."""
 SHELF_Y = 0.09
@@ -77,21 +85,22 @@ def push(arm: Arm, color: str, start: Block, right: bool) -> Actions:
     side = 1 if right else -1
     block = arm.block(color)
     left_to_go = PUSH_M - side * (block.position[0] - start.position[0])
+    room = _room_to_ring(arm, block, side) - left_to_go
     past_ring = arm.layout.button[1] + arm.layout.ring_radius + block.reach_along(PI / 2)
-    if _ring_is_ahead(arm, block, side, left_to_go):
+    if room < 0 and past_ring < CLEAR_OF_DOOR_Y:
         yield from push_back(arm, block, past_ring - block.position[1])
     elif left_to_go > SHORT_M:
-        yield from _stroke(arm, color, side, left_to_go)
+        yield from _stroke(arm, color, side, left_to_go if room > SLIDE_ON_M else left_to_go - SHORT_M)
     else:
-        yield from _shift(arm, color, side * (left_to_go + 0.006))
+        yield from _shift(arm, color, side * (left_to_go + 0.006), RAISED_M if room > 0 else OVER_RING_M)
 
 
-def _ring_is_ahead(arm: Arm, block: Block, side: int, distance: float) -> bool:
-    """Whether the block, pushed so far along x, would meet the button's ring."""
+def _room_to_ring(arm: Arm, block: Block, side: int) -> float:
+    """How far the block can be pushed along x before it meets the button's ring [m]; infinite where the ring is not in its way."""
     (x, y), radius = arm.layout.button, arm.layout.ring_radius
     ahead = side * (x - block.position[0])
-    aside = radius + block.reach_along(PI / 2) - GRAZE_M
-    return 0 < ahead < distance + radius + block.reach_along(0) and abs(y - block.position[1]) < aside
+    in_the_way = ahead > 0 and abs(y - block.position[1]) < radius + block.reach_along(PI / 2) - GRAZE_M
+    return ahead - radius - block.reach_along(0) if in_the_way else inf
 
 
 def _stroke(arm: Arm, color: str, side: int, distance: float) -> Actions:
@@ -115,13 +124,13 @@ def _stroke(arm: Arm, color: str, side: int, distance: float) -> Actions:
     yield from arm.up(TRAVEL_Z)
 
 
-def _shift(arm: Arm, color: str, dx: float) -> Actions:
+def _shift(arm: Arm, color: str, dx: float, raised_m: float) -> Actions:
     """The last centimetres of a push that fell short: raised a little, and dropped."""
     yield from grasp(arm, color)
     x, y, z = arm.target[:3]
     holds = arm.holds(color)
-    yield from arm.move([x, y, z + RAISED_M], hold=2, provided=holds)
-    goal = np.array([x + dx, y, z + RAISED_M])
+    yield from arm.move([x, y, z + raised_m], hold=2, provided=holds)
+    goal = np.array([x + dx, y, z + raised_m])
     yield from arm.move(goal, hold=6, tolerance_m=0.003, provided=holds)
     # Stretched out far, the arm hangs back by millimetres that count here.
     yield from arm.move(goal + [goal[0] - arm.tool[0], 0, 0], hold=6, tolerance_m=0.0, provided=holds)
@@ -171,11 +180,11 @@ def make_level(arm: Arm, color: str, yaw: float) -> Actions:
         yield from arm.move(arm.target[:3], euler, hold=3, provided=arm.holds(color))
 
 
-def put_down(arm: Arm, color: str, *, tilt: bool = True) -> Actions:
-    """Lay the held block on a free place of the table and let go; level, where the hand may tilt for it."""
+def put_down(arm: Arm, color: str, *, near: tuple[float, float] | None = None, tilt: bool = True) -> Actions:
+    """Lay the held block on a free place of the table, nearest to here or to `near` (x, y); level, if the hand may tilt for it."""
     low, high = arm.layout.free_table_x()
     spots = [(x, y) for x in np.arange(low + 0.05, high - 0.04, 0.03) for y in (-0.12, -0.09, -0.15)]
-    x, y = free_spot(spots, arm.blocks(without=color), tuple(arm.target[:2]), clearance_m=0.11)
+    x, y = free_spot(spots, arm.blocks(without=color), near or tuple(arm.target[:2]), clearance_m=0.11)
     yield from arm.up(CARRY_Z)
     euler = level(arm, color, arm.target[5]) if tilt else [PI, 0, arm.target[5]]
     yield from arm.move([x, y, CARRY_Z], euler, provided=arm.holds(color))
@@ -238,9 +247,12 @@ def stack(arm: Arm, color: str) -> Actions:
     """Set a block on another that lies free."""
     yield from reach_for(arm, color)
     base = stack_base(arm, color)
-    yield from arm.up(STACK_Z)
     x, y, z = base.position
     yaw = nearest_turn(base.yaw, PI / 2, PI / 2)
+    if x < NEAR_ROBOT_X and abs(level(arm, color, yaw)[1]) > STEEP_RAD:
+        yield from put_down(arm, color, near=(0.0, y), tilt=False)
+        raise Interrupted
+    yield from arm.up(STACK_Z)
     holds = arm.holds(color)
     yield from arm.move([x, y, STACK_Z], level(arm, color, yaw), hold=4, provided=holds)
     yield from make_level(arm, color, yaw)
@@ -251,7 +263,7 @@ def stack(arm: Arm, color: str) -> Actions:
     z += base.height / 2 + block.height / 2
     yield from arm.move([x + dx, y + dy, z + dz + 0.003], hold=6, speed=0.5, tolerance_m=0.003, provided=holds)
     if arm.off_target_m() > 0.02:  # the tilted hand does not get there: let the block fall flat, and take it from above
-        yield from put_down(arm, color, tilt=False)
+        yield from put_down(arm, color, near=(0.0, y), tilt=False)
         raise Interrupted
     yield from arm.grip(OPEN, 14)
     yield from arm.move([*arm.target[:2], STACK_Z], hold=20)

@@ -14,8 +14,8 @@ HANDLE_Y = -0.015
 FINGERS_HALF_M = 0.06
 """Half the width of the open fingers, with room for them."""
 
-COVERED_M = 0.05
-"""A block's centre this near the door cannot be gripped."""
+COVERED_M = 0.075
+"""The hand does not pass freely this near the door."""
 
 
 def press_button(arm: Arm) -> Actions:
@@ -81,12 +81,13 @@ def move_slider(arm: Arm, left: bool) -> Actions:
 
 
 def uncover(arm: Arm, x: float) -> Actions:
-    """Slide the door away from x, if it is in front of it or near."""
+    """Slide the door away from x, if it is in front of it or near, as far as it goes."""
     layout = arm.layout
     left, right = layout.door[0] - arm.slide, layout.door[1] - arm.slide
-    if not left - COVERED_M < x < right + COVERED_M:
-        return
     to_left = x > (layout.cavity[0] + layout.cavity[1]) / 2 + 0.02
+    to_go = layout.slide_limit - arm.slide if to_left else arm.slide
+    if to_go < 0.01 or not left - COVERED_M < x < right + COVERED_M:
+        return
     yield from move_slider(arm, left=to_left)
     yield from arm.move([arm.target[0], -0.10, max(arm.target[2], 0.54)])
     yield from arm.up(0.58)

@@ -20,8 +20,8 @@ SHIFT_M = 0.012
 """How far from a block's centre the hand may be when the fingers close: they draw the block in."""
 WIDEST_M = 0.06
 """Longest side that the fingers close across with room to spare."""
-ROOM_M = 0.07
-"""How far a block is pushed to make room beside it."""
+ROOM_M = 0.05
+"""How far a block is pushed to make room beside it; further, and what is stacked on it would touch the door's handle."""
 TOWARDS_CABINET_Y = -0.06
 """Blocks in front of this y are pushed towards the cabinet, others away from it."""
 UNDER_TABLE_Y = -0.205
