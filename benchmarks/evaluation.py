@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 
-from envs.calvin.expert import ExpertPolicy
+from envs.calvin.expert.policy import ExpertPolicy
 from envs.spec import ROBOT_OBS, SCENE_OBS
 from eval.chain import Watcher, run_chain
 from eval.environment import EnvConfig

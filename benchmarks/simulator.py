@@ -23,7 +23,7 @@ import numpy as np
 import pybullet as pb
 
 from envs.calvin import CalvinEnv, scenes
-from envs.calvin.cameras import GRIPPER_CAMERA_LINK
+from envs.calvin.images.cameras import GRIPPER_CAMERA_LINK
 from envs.calvin.scenes import NEUTRAL_JOINTS_RAD, Camera
 from envs.calvin.tasks import TASKS, completed_tasks
 

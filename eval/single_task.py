@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from envs.calvin.expert import ExpertPolicy
+from envs.calvin.expert.policy import ExpertPolicy
 from envs.calvin.tasks import TASKS, check_task, completed_tasks
 from envs.spec import ROBOT_OBS, SCENE_OBS
 from eval.chain import ChainResult, Observation, Rules, reset_to

@@ -20,7 +20,7 @@ __all__ = ["CHECKPOINTS", "CHECKPOINT_PARTS", "SHIPPED", "Policy", "checkpoint_f
 
 BUILTIN = {
     # The expert is found by its dotted name, as a plug-in: this package imports no simulator.
-    "expert": "envs.calvin.expert:ExpertPolicy",
+    "expert": "envs.calvin.expert.policy:ExpertPolicy",
     "zero": "policies.simple:ZeroPolicy",
     "random": "policies.simple:RandomPolicy",
     "replay": "policies.simple:ReplayPolicy",

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from envs.calvin.demonstrate import DemonstrationConfig
+from envs.calvin.expert.demonstrate import DemonstrationConfig
 from eval.environment import OWN_SIMULATOR, EnvConfig
 
 MIN_BLOCK_DISTANCE_M = 0.10
@@ -101,7 +101,7 @@ def _one_thread() -> None:
 def _collect_shard(job: tuple[CollectConfig, int]) -> tuple[int, int]:
     """Play and write one shard; returns (episodes kept, attempts that failed)."""
     from emu3_vla.data.episodes import EpisodeStore
-    from envs.calvin.expert import ExpertPolicy
+    from envs.calvin.expert.policy import ExpertPolicy
 
     config, index = job
     rng = np.random.default_rng([config.seed, index])
@@ -120,7 +120,7 @@ def _collect_shard(job: tuple[CollectConfig, int]) -> tuple[int, int]:
 
 def _play_chain(env, expert, rng: np.random.Generator, config: CollectConfig) -> tuple[list, bool]:
     """Episodes of one chain, up to the first task that the expert fails; and whether it failed none."""
-    from envs.calvin.demonstrate import demonstrate
+    from envs.calvin.expert.demonstrate import demonstrate
     from envs.calvin.language import training_wordings
 
     condition, chain = _draw_chain(rng)

@@ -62,7 +62,7 @@ class DoctorConfig:
 
 
 def main(config: DoctorConfig) -> None:
-    """Check, or fetch the assets. Exits with 1 where a problem was found; raises envs.calvin.fetch.FetchError."""
+    """Check, or fetch the assets. Exits with 1 where a problem was found; raises envs.calvin.original.fetch.FetchError."""
     folder = Path(config.output_dir)
     if config.fetch_assets:
         _write(folder, fetch_assets(config))
@@ -149,9 +149,9 @@ def _write(folder: Path, report: dict[str, Any]) -> None:
 
 
 def fetch_assets(config: DoctorConfig) -> dict[str, Any]:
-    """Download calvin_env's assets and say how to use them. Returns what was done. Raises envs.calvin.fetch.FetchError."""
-    from envs.calvin.fetch import ARCHIVE_BYTES, ARCHIVE_URL, fetch, fetched_bytes
-    from envs.calvin.manifest import COMMIT, required_files
+    """Download calvin_env's assets and say how to use them. Returns what was done. Raises envs.calvin.original.fetch.FetchError."""
+    from envs.calvin.original.fetch import ARCHIVE_BYTES, ARCHIVE_URL, fetch, fetched_bytes
+    from envs.calvin.original.manifest import COMMIT, required_files
     from envs.calvin.scenes import FETCHED_ASSETS, fetched_assets
     from eval.progress import LiveLine
 

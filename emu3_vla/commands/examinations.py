@@ -169,7 +169,7 @@ def simulator(options: Options) -> Findings:
 
 def assets(options: Options) -> Findings:
     """calvin_env's assets in the folder `assets`: the files, and then what the scenes are like with them."""
-    from envs.calvin.manifest import COMMIT, damage, required_files
+    from envs.calvin.original.manifest import COMMIT, damage, required_files
     from envs.calvin.scenes import FETCHED_ASSETS, fetched_assets
 
     folder = fetched_assets() if options["assets"] == FETCHED_ASSETS else Path(options["assets"])
@@ -191,7 +191,7 @@ def assets(options: Options) -> Findings:
 
 
 def _goldens(kind: str, folder: Path | None, output_dir: Path) -> Findings:
-    from envs.calvin import golden
+    from envs.calvin.images import golden
 
     began = time.perf_counter()
     observed = {scene: golden.observe(scene, folder) for scene in golden.SCENES}
@@ -242,7 +242,7 @@ def _largest(differences: dict[str, Any]) -> tuple[float, float, dict[str, Any]]
 
 def _frames(kind: str, observed: dict[str, Any], output_dir: Path) -> Finding:
     """Judge both cameras in every scene, {scene: golden.Observed}; images of what differs go into `output_dir`."""
-    from envs.calvin import golden
+    from envs.calvin.images import golden
 
     figures, wrong = {}, []
     for scene, one in observed.items():
@@ -264,8 +264,8 @@ def _frames(kind: str, observed: dict[str, Any], output_dir: Path) -> Finding:
 def _loop_times() -> Finding:
     import numpy as np
 
-    from envs.calvin import golden
     from envs.calvin.env import CalvinEnv
+    from envs.calvin.images import golden
     from envs.calvin.tasks import completed_tasks
 
     env = CalvinEnv("D", observe="on_demand")
@@ -304,7 +304,7 @@ def _speed(check: str, medians_ms: dict[str, float], figures: dict[str, Any] | N
 
 def egl(options: Options) -> Findings:
     """Whether images can be drawn by OpenGL. Nothing needs it: its absence is no fault."""
-    from envs.calvin.cameras import RendererUnavailable
+    from envs.calvin.images.cameras import RendererUnavailable
     from envs.calvin.scenes import OWN_ASSETS, scene_named
     from envs.calvin.simulation import PINNED, Simulation
 
@@ -348,8 +348,8 @@ def _policy(name: str) -> Findings:
     import numpy as np
 
     import policies
-    from envs.calvin import golden
     from envs.calvin.env import CalvinEnv
+    from envs.calvin.images import golden
     from envs.spec import ACTION_DIM
 
     name = name or policies.SHIPPED

@@ -18,8 +18,8 @@ import numpy as np
 from gymnasium.error import ClosedEnvironmentError, ResetNeeded
 
 from envs.calvin import contract
-from envs.calvin.cameras import RENDERERS
 from envs.calvin.contract import ACTION_SPACES, OBSERVE_MODES
+from envs.calvin.images.cameras import RENDERERS
 from envs.calvin.randomization import Randomization
 from envs.calvin.scenes import NEUTRAL_JOINTS_RAD, asset_folder, scene_named
 from envs.calvin.simulation import FINGER_OPEN_M, HEAD, LOADING_SEED, PINNED, Simulation

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from envs.calvin import build_tables as table
+from envs.calvin.build import tables as table
 from envs.calvin.scenes import BLOCK_LENGTHS_M, GLOBAL_SCALING, scene_named
 
 Span = tuple[float, float]

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 
-from envs.calvin.build_tables import wood_ramps
-from envs.calvin.low_polygon import wood_atlas
+from envs.calvin.build.low_polygon import wood_atlas
+from envs.calvin.build.tables import wood_ramps
 
 Vector = tuple[float, float, float]
 Shade = tuple[int, int, int]

@@ -158,5 +158,6 @@ def asset_folder(scene: Scene, assets: str | Path | None) -> Path:
             f"asset folder {folder} is incomplete for scene {scene.name}: no {missing[0]}"
             + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
             + "; expected the layout of calvin_env's data/"
+            + (f": did you mean {folder / 'data'}?" if (folder / "data" / missing[0]).is_file() else "")
         )
     return folder

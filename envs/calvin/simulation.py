@@ -14,10 +14,10 @@ import numpy as np
 import pybullet as pb
 
 from envs.calvin import scenes
-from envs.calvin.cameras import Cameras
-from envs.calvin.collision_urdf import collision_urdf
+from envs.calvin.images.cameras import Cameras
+from envs.calvin.loading.collision_urdf import collision_urdf
+from envs.calvin.loading.robot_urdf import robot_urdf
 from envs.calvin.randomization import Look
-from envs.calvin.robot_urdf import robot_urdf
 from envs.calvin.scenes import Scene
 from envs.spec import MAX_RELATIVE_POSITION_M, MAX_RELATIVE_ROTATION_RAD, PHYSICS_HZ
 

@@ -21,7 +21,7 @@ import functools
 import numpy as np
 import pybullet as pb
 
-from envs.calvin.layers import depth_in_m, hidden_parts
+from envs.calvin.images.layers import depth_in_m, hidden_parts
 from envs.calvin.simulation import Simulation
 
 TIP_LINKS = (10, 12)

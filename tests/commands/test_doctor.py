@@ -17,9 +17,9 @@ from emu3_vla.cli import UsageError, compose, main
 from emu3_vla.commands import examinations
 from emu3_vla.commands.doctor import DoctorConfig, _progress, examine
 from emu3_vla.commands.examinations import EXPECTED_MS, GROUPS, NOTE, OK, PROBLEM, WARNING
-from envs.calvin import golden
-from envs.calvin.fetch import COMMIT
-from envs.calvin.manifest import damage
+from envs.calvin.images import golden
+from envs.calvin.original.fetch import COMMIT
+from envs.calvin.original.manifest import damage
 
 
 def _options(tmp_path: Path, **options: str) -> dict[str, str]:
@@ -219,7 +219,7 @@ def test_a_checkpoint_that_lacks_a_part(tmp_path):
 
 def test_absence_of_egl_is_no_problem_and_its_renderer_is_named(monkeypatch):
     from envs.calvin import simulation
-    from envs.calvin.cameras import RendererUnavailable
+    from envs.calvin.images.cameras import RendererUnavailable
 
     class WithEgl:
         renderer = "PyBullet EGL: some vendor"

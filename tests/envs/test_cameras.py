@@ -6,10 +6,11 @@ import numpy as np
 import pybullet as pb
 import pytest
 
-from envs.calvin import cameras, egl, scenes, stage
-from envs.calvin.cameras import RendererUnavailable
-from envs.calvin.culling import Boxes
-from envs.calvin.layers import depth_in_m, draw, hidden_parts
+from envs.calvin import scenes
+from envs.calvin.images import cameras, egl, stage
+from envs.calvin.images.cameras import RendererUnavailable
+from envs.calvin.images.culling import Boxes
+from envs.calvin.images.layers import depth_in_m, draw, hidden_parts
 from envs.calvin.randomization import Light, Look, Wood
 from envs.calvin.simulation import HEAD, Simulation
 

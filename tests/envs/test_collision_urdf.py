@@ -10,9 +10,9 @@ import pybullet as pb
 import pytest
 
 from envs.calvin import scenes
-from envs.calvin.collision_urdf import collision_urdf, obj, triangle_corners
-from envs.calvin.hulls import HullBuilder, fewest_corners
-from envs.calvin.robot_urdf import robot_urdf
+from envs.calvin.loading.collision_urdf import collision_urdf, obj, triangle_corners
+from envs.calvin.loading.hulls import HullBuilder, fewest_corners
+from envs.calvin.loading.robot_urdf import robot_urdf
 
 TETRAHEDRON = "v 0 0 0\nv 1 0 0\nv 0 1 0\nv 0 0 1\nf 1 3 2\nf 1 2 4\nf 2 3 4\nf 3 1 4\n"
 
@@ -115,7 +115,7 @@ def test_faces_that_are_not_plain_triangles_leave_the_mesh_as_it_is(face, tmp_pa
 
 def test_a_forked_child_leaves_the_copies_to_its_parent():
     code = (
-        "import os, sys; from pathlib import Path; from envs.calvin.robot_urdf import temporary_folder\n"
+        "import os, sys; from pathlib import Path; from envs.calvin.loading.robot_urdf import temporary_folder\n"
         "folder = temporary_folder('emu3_vla_test_'); child = os.fork()\n"
         "if child == 0: sys.exit()\n"
         "os.waitpid(child, 0); assert folder.is_dir(); print(folder)"

@@ -1,5 +1,6 @@
 """One contract for every environment: spaces, dtypes, determinism, exact snapshots, error texts, whatever it is loaded from."""
 
+import re
 import warnings
 from collections.abc import Callable
 
@@ -320,8 +321,23 @@ def test_missing_assets_are_named(make, tmp_path):
         make(assets=tmp_path / "nowhere")
     with pytest.raises(ValueError, match="assets=5 is no path"):
         make(assets=5)
-    with pytest.raises(FileNotFoundError, match="incomplete for scene [A-D]: no franka_panda"):
+    with pytest.raises(FileNotFoundError, match="incomplete for scene [A-D]: no franka_panda") as incomplete:
         make(assets=tmp_path)
+    assert "did you mean" not in str(incomplete.value)
+
+
+def test_the_folder_above_the_assets_is_recognised(make, tmp_path):
+    named = re.search(r"no (\S+) and", str(_refusal(make, tmp_path)))[1]
+    file = tmp_path / "data" / named
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert f"did you mean {tmp_path / 'data'}?" in str(_refusal(make, tmp_path))
+
+
+def _refusal(make, folder):
+    with pytest.raises(FileNotFoundError) as refused:
+        make(assets=folder)
+    return refused.value
 
 
 def test_nothing_goes_before_a_reset_or_after_close(make):

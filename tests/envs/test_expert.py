@@ -4,9 +4,9 @@ import numpy as np
 import pybullet as pb
 import pytest
 
-from envs.calvin.demonstrate import DemonstrationConfig, demonstrate
 from envs.calvin.env import CalvinEnv
-from envs.calvin.expert import SKILLS, ExpertPolicy
+from envs.calvin.expert.demonstrate import DemonstrationConfig, demonstrate
+from envs.calvin.expert.policy import SKILLS, ExpertPolicy
 from envs.calvin.tasks import TASKS, completed_tasks
 from eval.sequences import initial_state, long_horizon_sequences
 

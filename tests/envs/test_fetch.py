@@ -21,10 +21,10 @@ from pathlib import Path
 
 import pytest
 
-from envs.calvin import fetch as fetching
-from envs.calvin import manifest
-from envs.calvin.fetch import FetchError, fetch
-from envs.calvin.manifest import COMMIT, FileRecord, damage, loaded_files, required_files
+from envs.calvin.original import fetch as fetching
+from envs.calvin.original import manifest
+from envs.calvin.original.fetch import FetchError, fetch
+from envs.calvin.original.manifest import COMMIT, FileRecord, damage, loaded_files, required_files
 from envs.calvin.scenes import asset_folder, fetched_assets, scene_named
 
 FILES = {f"blocks/block_{number}.urdf": bytes([number]) * 3000 for number in range(5)}
@@ -256,7 +256,7 @@ def test_a_file_where_a_folder_should_be(small, tmp_path):
 SLOW_FETCH = """
 import sys, time
 from pathlib import Path
-from envs.calvin.fetch import fetch
+from envs.calvin.original.fetch import fetch
 fetch(Path(sys.argv[1]), sys.argv[2], lambda received, expected: (print(received, flush=True), time.sleep(0.2)))
 """
 

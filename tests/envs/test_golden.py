@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from envs.calvin import golden
+from envs.calvin.images import golden
 from envs.calvin.scenes import SCENES
 from envs.spec import CAMERAS
 
@@ -67,7 +67,7 @@ def test_difference_tells_lengths_angles_and_flags_apart():
     assert changed(19, -1).flags and not changed(19, -1).within_tolerance
     assert changed(21, 1e-6).within_tolerance and not changed(21, 1e-6).equal
     assert not changed(21, np.nan).within_tolerance
-    with pytest.raises(ValueError, match="record anew: python -m envs.calvin.golden"):
+    with pytest.raises(ValueError, match="record anew: python -m envs.calvin.images.golden"):
         golden.difference(recorded[1:], recorded)
 
 

@@ -9,10 +9,13 @@ import pybullet as pb
 import pytest
 from PIL import Image
 
-from envs.calvin import build_assets, build_tables, low_polygon, scenes
-from envs.calvin.layers import BACKDROP_RGB, depth_in_m, draw
+from envs.calvin import scenes
+from envs.calvin.build import assets as build_assets
+from envs.calvin.build import low_polygon
+from envs.calvin.build import tables as build_tables
+from envs.calvin.images.layers import BACKDROP_RGB, depth_in_m, draw
+from envs.calvin.loading.robot_urdf import robot_urdf
 from envs.calvin.randomization import Light
-from envs.calvin.robot_urdf import robot_urdf
 from envs.calvin.simulation import PINNED, Simulation
 
 JOINTS = ["base__button", "base__switch", "base__slide", "base__drawer", "base__led", "base__light", "base__plank"]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from envs.calvin import CalvinEnv
-from envs.calvin.expert import ExpertPolicy
+from envs.calvin.expert.policy import ExpertPolicy
 from envs.calvin.language import validation_instruction
 from envs.spec import InvalidAction
 from eval.chain import Watcher, checked_chunk, run_chain, subtask_seed

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from envs.calvin.expert import ExpertPolicy
+from envs.calvin.expert.policy import ExpertPolicy
 from envs.calvin.tasks import TASKS
 from eval.chain import Rules, run_chain
 from eval.environment import EnvConfig

@@ -182,7 +182,7 @@ def test_obj_indices_of_every_form(tmp_path):
 
 def test_visual_shapes_are_the_same_whoever_draws():
     from envs.calvin import CalvinEnv
-    from envs.calvin.egl import RendererUnavailable
+    from envs.calvin.images.egl import RendererUnavailable
 
     plain = CalvinEnv("D", observe="on_demand")
     try:

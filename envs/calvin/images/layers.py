@@ -122,7 +122,10 @@ def draw(client: int, width: int, height: int, view, projection, light: Light, e
 
 def rgb_and_depth(layer: Layer, near_m: float, far_m: float) -> tuple[np.ndarray, np.ndarray]:
     """A layer as uint8 RGB (H, W, 3) and float64 depth (H, W) [m]."""
-    return np.ascontiguousarray(layer[0][..., :3]), depth_in_m(layer[1], near_m, far_m)
+    rgb = np.empty((*layer[1].shape, 3), np.uint8)
+    for channel in range(3):  # five times as fast as copying three of every four bytes at once
+        rgb[..., channel] = layer[0][..., channel]
+    return rgb, depth_in_m(layer[1], near_m, far_m)
 
 
 def depth_in_m(depth: np.ndarray, near_m: float, far_m: float) -> np.ndarray:

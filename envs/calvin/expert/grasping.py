@@ -8,8 +8,8 @@ from math import cos, hypot, sin
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from envs.calvin.expert_arm import BLOCK_Z, CARRY_Z, CLEAR_Z, CLOSE, DOWN, OPEN, PI, Actions, Arm, Block, Interrupted, nearest_turn
-from envs.calvin.fixture_skills import FINGERS_HALF_M, FORWARD_Y, open_drawer, uncover
+from envs.calvin.expert.arm import BLOCK_Z, CARRY_Z, CLEAR_Z, CLOSE, DOWN, OPEN, PI, Actions, Arm, Block, Interrupted, nearest_turn
+from envs.calvin.expert.fixture_skills import FINGERS_HALF_M, FORWARD_Y, open_drawer, uncover
 from envs.calvin.layout import BLOCK_WIDTH_M
 
 SHELF_TILT_RAD = -0.6

@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from envs.calvin import block_skills, fixture_skills
-from envs.calvin.expert_arm import CLEAR_Z, OPEN, PI, Actions, Arm, Block, Interrupted
-from envs.calvin.fixture_skills import FORWARD_Y
+from envs.calvin.expert import block_skills, fixture_skills
+from envs.calvin.expert.arm import CLEAR_Z, OPEN, PI, Actions, Arm, Block, Interrupted
+from envs.calvin.expert.fixture_skills import FORWARD_Y
 from envs.calvin.tasks import COLORS, TASKS, check_task
 from envs.spec import ROBOT_OBS, SCENE_OBS
 

@@ -5,7 +5,7 @@ Each skill is a generator of actions, begun with the arm somewhere in free space
 
 from __future__ import annotations
 
-from envs.calvin.expert_arm import CLEAR_Z, CLOSE, DOWN, PI, Actions, Arm
+from envs.calvin.expert.arm import CLEAR_Z, CLOSE, DOWN, PI, Actions, Arm
 
 FORWARD_Y = -0.12
 """y at which the hand is clear of the cabinet at any height."""

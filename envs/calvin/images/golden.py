@@ -1,7 +1,7 @@
 """Golden states and frames: what every scene gave where this package was made, to compare an installation with.
 
-    python -m envs.calvin.golden                                    # records our own scenes anew
-    python -m envs.calvin.golden path/to/calvin_env/data            # and those with calvin_env's assets
+    python -m envs.calvin.images.golden                                    # records our own scenes anew
+    python -m envs.calvin.images.golden path/to/calvin_env/data            # and those with calvin_env's assets
 
 Each scene starts from one fixed state. `FREE` moves the arm through air: nothing is amplified, so the states of a sound installation
 agree. `CONTACT` ploughs through the blocks, where a difference in the last bit grows to decimetres: it says whether physics is equal
@@ -144,7 +144,7 @@ def recorded_means(scene: str, camera: str) -> np.ndarray:
 def difference(states: np.ndarray, recorded: np.ndarray) -> Difference:
     """Compare states (N, 39) with recorded ones. Raises ValueError for another number of them."""
     if states.shape != recorded.shape:
-        raise ValueError(f"{states.shape} states and {recorded.shape} recorded ones; record anew: python -m envs.calvin.golden")
+        raise ValueError(f"{states.shape} states and {recorded.shape} recorded ones; record anew: python -m envs.calvin.images.golden")
     units = np.array(_STATE_UNITS)
     apart = np.abs(states - recorded)
     angles = apart[:, units == "rad"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from envs.calvin.low_polygon import (
+from envs.calvin.build.low_polygon import (
     Mesh,
     box_shape,
     hulls_obj,

@@ -1,4 +1,4 @@
-"""Our own low-polygon CALVIN assets: `python -m envs.calvin.build_assets` rewrites `envs/calvin/assets/` byte for byte.
+"""Our own low-polygon CALVIN assets: `python -m envs.calvin.build.assets` rewrites `envs/calvin/assets/` byte for byte.
 
 The folder has the layout of calvin_env's `data/`: same relative paths, joint and link names, joint indices, limits,
 masses and inertias; geometry and textures are our own, made from dimensions. Lengths are metres before the scale of 0.8
@@ -12,9 +12,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from envs.calvin.build_robot import finger_meshes, panda
-from envs.calvin.build_tables import TABLES, table_files
-from envs.calvin.low_polygon import box_shape, inertial, link, robot
+from envs.calvin.build.robot import finger_meshes, panda
+from envs.calvin.build.tables import TABLES, table_files
+from envs.calvin.build.low_polygon import box_shape, inertial, link, robot
 from envs.calvin.scenes import BLOCK_LENGTHS_M, OWN_ASSETS, PLANE_URDF, ROBOT_URDF
 
 UNSEEN = (1, 1, 1, 0)

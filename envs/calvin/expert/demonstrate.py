@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from envs.calvin.env import CalvinEnv
-from envs.calvin.expert import ExpertPolicy
+from envs.calvin.expert.policy import ExpertPolicy
 from envs.calvin.tasks import completed_tasks
 from envs.spec import ACTION_DIM, GRIPPER_CLOSE, GRIPPER_OPEN, RGB_GRIPPER, RGB_STATIC, ROBOT_OBS, SCENE_OBS, Episode
 

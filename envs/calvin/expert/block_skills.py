@@ -11,7 +11,7 @@ from math import atan2, ceil, hypot, inf
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from envs.calvin.expert_arm import (
+from envs.calvin.expert.arm import (
     BLOCK_Z,
     CARRY_Z,
     CLEAR_Z,
@@ -28,8 +28,8 @@ from envs.calvin.expert_arm import (
     nearest_turn,
     wrap,
 )
-from envs.calvin.fixture_skills import FINGERS_HALF_M, FORWARD_Y
-from envs.calvin.grasping import SHELF_TILT_RAD, grasp, push_back, reach_for
+from envs.calvin.expert.fixture_skills import FINGERS_HALF_M, FORWARD_Y
+from envs.calvin.expert.grasping import SHELF_TILT_RAD, grasp, push_back, reach_for
 from envs.calvin.layout import DRAWER_FLOOR_Z, SHELF_Z, TABLE_TOP_Z
 from envs.calvin.tasks import PUSH_M
 from envs.spec import MAX_RELATIVE_POSITION_M

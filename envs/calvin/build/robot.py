@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 
-from envs.calvin.low_polygon import convex_mesh, hulls_obj, inertial, joint, link, mesh_shape, robot
-from envs.calvin.robot_urdf import ASSETS, PYBULLET_DATA
+from envs.calvin.build.low_polygon import convex_mesh, hulls_obj, inertial, joint, link, mesh_shape, robot
+from envs.calvin.loading.robot_urdf import ASSETS, PYBULLET_DATA
 
 WHITE = (1, 1, 1, 1)
 

@@ -17,12 +17,12 @@ import numpy as np
 import pybullet as pb
 
 from envs.calvin import scenes
-from envs.calvin.culling import Boxes
-from envs.calvin.egl import RendererUnavailable
-from envs.calvin.layers import BACKDROP_RGB, NEAR_M, LayeredCamera, draw, hidden_parts, rgb_and_depth, with_backdrop
+from envs.calvin.images.culling import Boxes
+from envs.calvin.images.egl import RendererUnavailable
+from envs.calvin.images.layers import BACKDROP_RGB, NEAR_M, LayeredCamera, draw, hidden_parts, rgb_and_depth, with_backdrop
+from envs.calvin.images.stage import Stage
 from envs.calvin.randomization import Look, Vector
 from envs.calvin.scenes import Camera
-from envs.calvin.stage import Stage
 
 if TYPE_CHECKING:
     from envs.calvin.simulation import Simulation

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from envs.calvin.manifest import COMMIT, LICENCES, FileRecord, damage, licence_files, required_files
+from envs.calvin.original.manifest import COMMIT, LICENCES, FileRecord, damage, licence_files, required_files
 
 ARCHIVE_URL = f"https://github.com/mees/calvin_env/archive/{COMMIT}.tar.gz"
 ARCHIVE_BYTES = 20_900_000

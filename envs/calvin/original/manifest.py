@@ -1,8 +1,8 @@
 """The files of calvin_env's `data/` folder that scenes A-D load, by size and SHA-256, so that a copy can be checked.
 
-    python -m envs.calvin.manifest path/to/calvin_env/data     # rewrites calvin_env_data.json from a checkout of COMMIT
+    python -m envs.calvin.original.manifest path/to/calvin_env/data     # rewrites calvin_env_data.json from a checkout of COMMIT
 
-The files themselves are not ours and are not in this package: `envs.calvin.fetch` downloads them.
+The files themselves are not ours and are not in this package: `envs.calvin.original.fetch` downloads them.
 
 Source of sizes and hashes: calvin_env 797142c. Its `data/` folder serves both versions of the simulator that we follow.
 """

@@ -1,4 +1,4 @@
-"""Low-polygon meshes, wood textures and URDF text: the pen and paper of `build_assets`.
+"""Low-polygon meshes, wood textures and URDF text: the pen and paper of `assets`, `robot` and `tables`.
 
 Everything is exact arithmetic on integers and short decimals, and images are stored uncompressed, so that the same
 inputs give the same bytes on every machine.

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import pybullet as pb
 
 from envs.calvin import scenes
-from envs.calvin.egl import captured, load_egl
-from envs.calvin.layers import draw
+from envs.calvin.images.egl import captured, load_egl
+from envs.calvin.images.layers import draw
+from envs.calvin.loading.robot_urdf import robot_urdf
 from envs.calvin.randomization import Look, Vector, Wood
-from envs.calvin.robot_urdf import robot_urdf
 
 if TYPE_CHECKING:
     from envs.calvin.simulation import Simulation

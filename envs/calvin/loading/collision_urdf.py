@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from envs.calvin.hulls import HullBuilder, fewest_corners
-from envs.calvin.robot_urdf import temporary_folder
+from envs.calvin.loading.hulls import HullBuilder, fewest_corners
+from envs.calvin.loading.robot_urdf import temporary_folder
 
 SPECK = '<visual><geometry><box size="0.001 0.001 0.001"/></geometry></visual>'
 """PyBullet prepares a link's collision meshes for drawing where it has nothing else to draw."""

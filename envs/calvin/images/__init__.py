@@ -1,0 +1,1 @@
+"""What is seen: cameras, renderers, layers and golden frames."""
