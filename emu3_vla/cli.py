@@ -42,8 +42,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 
-POSITIONAL = {"doctor": "checkpoint"}
-"""Commands whose first argument may be a bare value, and the option that it is."""
+POSITIONAL: dict[str, tuple[str, ...]] = {"compare": ("a", "b"), "doctor": ("checkpoint",), "report": ("results",)}
+"""Commands whose first arguments may be bare values, and the options that they are."""
 
 
 class UsageError(ValueError):
@@ -92,9 +92,8 @@ def compose(command: str, overrides: list[str]) -> Any:
 
     target = _target(command)
     defaults = _defaults(target)
-    if overrides and command in POSITIONAL and "=" not in overrides[0] and not overrides[0].startswith("--"):
-        overrides = [f"{POSITIONAL[command]}={overrides[0]}", *overrides[1:]]
-    preset, overrides = _take_preset(command, [_as_override(argument) for argument in overrides])
+    overrides = [_as_override(argument) for argument in _name_positional(command, overrides)]
+    preset, overrides = _take_preset(command, overrides)
     known = _flatten(defaults)
     for override in overrides:
         key = override.split("=", 1)[0].lstrip("+~")
@@ -197,6 +196,16 @@ def _flatten(values: dict, prefix: str = "") -> list[str]:
         if isinstance(value, dict):
             keys += _flatten(value, f"{prefix}{key}.")
     return keys
+
+
+def _name_positional(command: str, arguments: list[str]) -> list[str]:
+    """Bare values at the start become options with names."""
+    named = []
+    for option, argument in zip(POSITIONAL.get(command, ()), arguments, strict=False):
+        if "=" in argument or argument.startswith("--"):
+            break
+        named.append(f"{option}={argument}")
+    return named + arguments[len(named) :]
 
 
 def _as_override(argument: str) -> str:

@@ -1,6 +1,6 @@
 """`emu3-vla compare`: two evaluations of the same chains, side by side, paired chain by chain.
 
-    emu3-vla compare a=outputs/eval/3f2a91c0 b=outputs/eval/77c01b2e
+    emu3-vla compare outputs/eval/3f2a91c0 outputs/eval/77c01b2e
 
 Writes comparison.json and prints a table. Results that were not made by the same rules are refused. Chains that only one of the two has
 scored are left out, and counted.

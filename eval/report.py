@@ -1,6 +1,6 @@
 """results.json as one self-contained page: opens offline, on a phone and on a wide screen.
 
-    emu3-vla report results=outputs/eval/3f2a91c0 --compare=outputs/eval/77c01b2e     two evaluations, side by side
+    emu3-vla report outputs/eval/3f2a91c0 --compare=outputs/eval/77c01b2e     two evaluations, side by side
 
 `emu3-vla eval` and `emu3-vla rollout` write the page of their own results themselves.
 """

@@ -156,7 +156,8 @@ def _run_all(config: EvalConfig, folder: Path) -> list[dict[str, Any]]:
     """Every chain's record, in order: those that are on disk already, and those that ran now."""
     chains = config.eval.select()
     with ChainLog(folder / CHAINS_FILE) as log, LiveLine() as line:
-        meter = _Meter(line, total=len(chains), done=[log.done[index] for index, _ in chains if index in log.done])
+        what = ("chains", "average length") if config.eval.protocol == LH_MTLC else ("rollouts", "success rate")
+        meter = _Meter(line, *what, total=len(chains), done=[log.done[index] for index, _ in chains if index in log.done])
         remaining = [(index, chain) for index, chain in chains if index not in log.done]
 
         def finished(result: dict[str, Any]) -> None:
@@ -257,10 +258,10 @@ class ChainLog:
 
 
 class _Meter:
-    """Feeds the live line: chains done, average length so far, steps a second, time left."""
+    """Feeds the live line: chains done, average length so far, steps a second, time left. units, figure: what to call the first two."""
 
-    def __init__(self, line: LiveLine, total: int, done: list[dict[str, Any]]):
-        self.line, self.total = line, total
+    def __init__(self, line: LiveLine, units: str, figure: str, *, total: int, done: list[dict[str, Any]]):
+        self.line, self.units, self.figure, self.total = line, units, figure, total
         self.solved = [record["num_solved"] for record in done]
         self.resumed, self.errors, self.steps = len(done), 0, 0
         self.began = time.monotonic()
@@ -285,4 +286,4 @@ class _Meter:
         left = duration(seconds / ran * (self.total - done)) if ran else "–"
         errors = f" · {self.errors} errors" if self.errors else ""
         rate = self.steps / seconds if seconds > 1 else 0
-        self.line.show(f"chains {done}/{self.total} · average length {average} · {rate:.0f} steps/s · {left} left{errors}")
+        self.line.show(f"{self.units} {done}/{self.total} · {self.figure} {average} · {rate:.0f} steps/s · {left} left{errors}")

@@ -11,7 +11,7 @@ that were written), then both images of now.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,16 @@ from action_tokenizer.dct import quantize
 from emu3_vla.checkpoint import load
 from emu3_vla.documents import ActionChunk, Image, Segment, Text, collate, length_of
 from emu3_vla.generation.actions import ActionWriter
-from emu3_vla.generation.cache import CachedTrunk
+from emu3_vla.generation.cache import CachedSequence, CachedTrunk
 from envs.spec import GRIPPER_CLOSE, GRIPPER_OPEN
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # Longest instruction that is expected, in text ids; only the cache's size depends on it.
 MAX_TEXT_IDS = 256
+# Sessions that share a policy are decided for in rows of a matrix product, at least so many. From four rows on the CPU's products give
+# each row the same sum however many others there are, so an answer does not depend on who else is asking.
+SHARED_ROWS = 4
 
 
 class Emu3Policy:
@@ -65,33 +68,22 @@ class Emu3Policy:
             raise ValueError(f"history is {history}, expected 0 to {settings.trained_history}: {folder} was trained with no more")
         self.name = Path(folder).resolve().name
         self.requires = frozenset(grid.name for grid in vocabulary.images)
+        self.seed = seed
         self._shape = {"horizon": settings.horizon, "action_dim": settings.action_dim}
         grammar = self.checkpoint.action_tokenizer.grammar(**self._shape)
         temperature = settings.temperature if temperature is None else temperature
         self._writer = ActionWriter(self.checkpoint.model, vocabulary, grammar, temperature)
-        # Every action id stands for at least one coefficient or half a two-byte one, so this many positions always suffice.
-        images = sum(1 + vocabulary.blocks(grid.name) for grid in vocabulary.images)
-        chunk = images + 2 + 2 * settings.horizon * settings.action_dim
-        self._trunk = CachedTrunk(self.checkpoint.model, 1 + MAX_TEXT_IDS + (self.history + 1) * chunk)
-        self._generator = torch.Generator(device)
-        self._seed = seed
-        self._text: Text | None = None
-        self._past: list[list[Segment]] = []  # segments of each chunk of this subtask that is still shown
+        self._trunk = CachedTrunk(self.checkpoint.model)
+        self._alone = Session(self, rows=1)
+
+    def sessions(self, number: int) -> list[Session]:
+        """Policies that share this one's weights, for `infer_many`; see eval.lockstep.BatchedPolicy."""
+        return [Session(self, rows=SHARED_ROWS) for _ in range(number)]
 
     def reset(self, instruction: str, *, task: str | None = None, seed: int | None = None) -> None:
         """Start a subtask: forget the past chunks. Raises ValueError for an empty or overlong instruction. `task` is not looked at."""
-        if not instruction.strip():
-            raise ValueError("the instruction is empty; say in a sentence what the arm shall do")
-        ids = self.checkpoint.text_tokenizer.encode(instruction)
-        if len(ids) > MAX_TEXT_IDS:
-            raise ValueError(
-                f"the instruction has {len(ids)} text ids, expected at most {MAX_TEXT_IDS}; shorten it: {instruction[:60]!r}..."
-            )
-        self._text, self._past = Text(ids), []
-        self._trunk.truncate(0)
-        self._generator.manual_seed(self._seed if seed is None else seed)
+        self._alone.reset(instruction, seed=seed)
 
-    @torch.inference_mode()
     def infer(self, observation: dict[str, np.ndarray]) -> dict[str, Any]:
         """Decide on the next chunk.
 
@@ -100,53 +92,54 @@ class Emu3Policy:
         "clipped", how many of the decoded values left [-1, 1]; "timing_s" by stage.
         Raises ValueError before the first `reset` and for missing or wrong images, DecodingFailed if the model's output is not finite.
         """
-        if self._text is None:
-            raise ValueError("infer was called before reset; tell the policy the instruction first")
+        return self._alone.infer(observation)
+
+    @torch.inference_mode()
+    def infer_many(self, sessions: Sequence[Session], observations: Sequence[dict[str, np.ndarray]]) -> list[dict[str, Any]]:
+        """What each session's `infer` would answer. Pictures and prompts are read session by session; the action ids of all are written
+        together, since writing one id costs reading the model's weights. "timing_s" is a session's share.
+
+        Raises what `infer` raises; then no session has changed.
+        """
+        before = [(session, session.state()) for session in sessions]
         timing: dict[str, float] = {}
-        with _timed(timing, "encode"):
-            images = self._look(observation)
-        with _timed(timing, "prefill"):
-            state_H = self._prefill(images)
-        with _timed(timing, "decode"):
-            written = self._writer.write(self._trunk, state_H, self._generator)
-        with _timed(timing, "detokenize"):
-            actions, clipped, coefficients = self._actions(written.ids)
-        self._remember([*images, ActionChunk(written.ids)])
-        return {
-            "actions": actions,
-            "token_ids": written.ids,
-            "entropy": written.entropy,
-            "probability": written.probability,
-            "clipped": clipped,
-            "coefficients": coefficients,
-            "timing_s": timing,
-        }
+        try:
+            with _timed(timing, "encode"):
+                images = [session.look(observation) for session, observation in zip(sessions, observations, strict=True)]
+            with _timed(timing, "prefill"):
+                states = torch.stack([session.prefill(seen) for session, seen in zip(sessions, images, strict=True)])
+            with _timed(timing, "decode"):
+                sequences, generators = [session.sequence for session in sessions], [session.generator for session in sessions]
+                written = self._writer.write_each(sequences, states, generators, rows=max(session.rows for session in sessions))
+            with _timed(timing, "detokenize"):
+                decoded = [self._actions(chunk.ids) for chunk in written]
+        except Exception:
+            for session, state in before:
+                session.restore(state)
+            raise
+        answers = []
+        for session, seen, chunk, (actions, clipped, coefficients) in zip(sessions, images, written, decoded, strict=True):
+            session.remember([*seen, ActionChunk(chunk.ids)])
+            answers.append(
+                {
+                    "actions": actions,
+                    "token_ids": chunk.ids,
+                    "entropy": chunk.entropy,
+                    "probability": chunk.probability,
+                    "clipped": clipped,
+                    "coefficients": coefficients,
+                    "timing_s": {stage: seconds / len(sessions) for stage, seconds in timing.items()},
+                }
+            )
+        return answers
 
-    def _look(self, observation: dict[str, np.ndarray]) -> list[Image]:
-        """Codes of the cameras' images, in stream order."""
-        images = []
-        for grid in self.checkpoint.vocabulary.images:
-            if grid.name not in observation:
-                raise ValueError(f"the observation has no {grid.name!r}, only {', '.join(sorted(observation))}; this policy requires it")
-            codes = self.checkpoint.vision_tokenizer.encode_camera(grid.name, np.asarray(observation[grid.name])[None])
-            images.append(Image(grid.name, codes[0].cpu().numpy()))
-        return images
-
-    def _prefill(self, images: list[Image]) -> torch.Tensor:
-        """State after "begin of action" of the document so far; computes only what the cache does not hold yet."""
-        model, vocabulary = self.checkpoint.model, self.checkpoint.vocabulary
-        document = [self._text, *(segment for chunk in self._past for segment in chunk), *images]
-        batch = collate([document], vocabulary).to(model.device)
-        embedded = model.embed(batch)[0, : length_of(document, vocabulary)]
-        begin = model.model.embed_tokens.weight[vocabulary.begin_action][None]
-        return self._trunk.extend(torch.cat([embedded, begin])[self._trunk.length :])[-1]
-
-    def _remember(self, chunk: list[Segment]) -> None:
-        """Add a chunk to the past. Where the oldest must go, all after the instruction moves, so the cache keeps that alone."""
-        self._past.append(chunk)
-        if len(self._past) > self.history:
-            self._past = self._past[len(self._past) - self.history :]
-            self._trunk.truncate(length_of([self._text], self.checkpoint.vocabulary))
+    def new_sequence(self) -> CachedSequence:
+        """A cache that a whole document fits into."""
+        vocabulary = self.checkpoint.vocabulary
+        images = sum(1 + vocabulary.blocks(grid.name) for grid in vocabulary.images)
+        # Every action id stands for at least one coefficient or half a two-byte one, so this many positions always suffice.
+        chunk = images + 2 + 2 * self._shape["horizon"] * self._shape["action_dim"]
+        return self._trunk.sequence(1 + MAX_TEXT_IDS + (self.history + 1) * chunk)
 
     def _actions(self, ids: list[int]) -> tuple[np.ndarray, int, np.ndarray]:
         """Actions of the ids, float32 (horizon, 7) within [-1, 1]; how many values had to be clipped to that; DCT coefficients."""
@@ -158,6 +151,75 @@ class Emu3Policy:
         gripper = np.where(actions[:, -1:] >= 0, GRIPPER_OPEN, GRIPPER_CLOSE)
         clamped = np.concatenate([motion.clip(-1, 1), gripper], axis=1).astype(np.float32)
         return clamped, clipped, quantize(normalised_NTA, tokenizer.scale)[0]
+
+
+class Session:
+    """One arm's instruction, past and random stream; a Policy. `Emu3Policy.sessions` makes it. rows: see SHARED_ROWS."""
+
+    def __init__(self, policy: Emu3Policy, rows: int):
+        self.policy, self.rows = policy, rows
+        self.name, self.requires = policy.name, policy.requires
+        self.sequence = policy.new_sequence()
+        self.generator = torch.Generator(policy.checkpoint.model.device)
+        self._text: Text | None = None
+        self._past: list[list[Segment]] = []  # segments of each chunk of this subtask that is still shown
+
+    def reset(self, instruction: str, *, task: str | None = None, seed: int | None = None) -> None:
+        """See Emu3Policy.reset."""
+        if not instruction.strip():
+            raise ValueError("the instruction is empty; say in a sentence what the arm shall do")
+        ids = self.policy.checkpoint.text_tokenizer.encode(instruction)
+        if len(ids) > MAX_TEXT_IDS:
+            raise ValueError(
+                f"the instruction has {len(ids)} text ids, expected at most {MAX_TEXT_IDS}; shorten it: {instruction[:60]!r}..."
+            )
+        self._text, self._past = Text(ids), []
+        self.sequence.truncate(0)
+        self.generator.manual_seed(self.policy.seed if seed is None else seed)
+
+    def infer(self, observation: dict[str, np.ndarray]) -> dict[str, Any]:
+        """See Emu3Policy.infer."""
+        return self.policy.infer_many([self], [observation])[0]
+
+    # -- the steps of a decision, for Emu3Policy.infer_many
+
+    def state(self) -> tuple[int, torch.Tensor]:
+        """What a decision changes before `remember`."""
+        return self.sequence.length, self.generator.get_state()
+
+    def restore(self, state: tuple[int, torch.Tensor]) -> None:
+        """Back to what `state` gave."""
+        self.sequence.truncate(state[0])
+        self.generator.set_state(state[1])
+
+    def look(self, observation: dict[str, np.ndarray]) -> list[Image]:
+        """Codes of the cameras' images, in stream order."""
+        if self._text is None:
+            raise ValueError("infer was called before reset; tell the policy the instruction first")
+        checkpoint, images = self.policy.checkpoint, []
+        for grid in checkpoint.vocabulary.images:
+            if grid.name not in observation:
+                raise ValueError(f"the observation has no {grid.name!r}, only {', '.join(sorted(observation))}; this policy requires it")
+            codes = checkpoint.vision_tokenizer.encode_camera(grid.name, np.asarray(observation[grid.name])[None])
+            images.append(Image(grid.name, codes[0].cpu().numpy()))
+        return images
+
+    def prefill(self, images: list[Image]) -> torch.Tensor:
+        """State after "begin of action" of the document so far; computes only what the cache does not hold yet."""
+        model, vocabulary = self.policy.checkpoint.model, self.policy.checkpoint.vocabulary
+        document = [self._text, *(segment for chunk in self._past for segment in chunk), *images]
+        batch = collate([document], vocabulary).to(model.device)
+        embedded = model.embed(batch)[0, : length_of(document, vocabulary)]
+        begin = model.model.embed_tokens.weight[vocabulary.begin_action][None]
+        return self.sequence.extend(torch.cat([embedded, begin])[self.sequence.length :])[-1]
+
+    def remember(self, chunk: list[Segment]) -> None:
+        """Add a chunk to the past. Where the oldest must go, all after the instruction moves, so the cache keeps that alone."""
+        self._past.append(chunk)
+        history = self.policy.history
+        if len(self._past) > history:
+            self._past = self._past[len(self._past) - history :]
+            self.sequence.truncate(length_of([self._text], self.policy.checkpoint.vocabulary))
 
 
 @contextmanager

@@ -32,6 +32,8 @@ def test_every_command_lists_its_options(command, capsys):
         (["collect", "tasks=[open_draw]"], "did you mean 'open_drawer'?"),
         (["eval", "env.scene=Z"], "'Z'"),
         (["eval", "policy=exprt"], "did you mean 'expert'?"),
+        (["compare", "nowhere/a", "nowhere/b"], "no results nowhere/a"),
+        (["compare", "nowhere/a", "nowhere/b", "nowhere/c"], "'nowhere/c' is not an option"),
     ],
 )
 def test_wrong_input_is_named(argv, message, capsys, tmp_path):
@@ -47,6 +49,13 @@ def test_preset_and_overrides_meet_in_the_config():
     config = cli.compose("collect", ["preset=debug", "demonstration.frame_stride=7"])
     assert (config.shards, config.chains_per_shard, config.demonstration.frame_stride) == (2, 1, 7)
     assert cli.compose("collect", ["preset=debug", "shards=3"]).shards == 3
+
+
+def test_bare_values_at_the_start_have_names():
+    compared = cli.compose("compare", ["here/a", "there/b", "seed=3"])
+    assert (compared.a, compared.b, compared.seed) == ("here/a", "there/b", 3)
+    assert cli.compose("compare", ["here/a", "b=there/b"]).b == "there/b"
+    assert cli.compose("report", ["here", "--compare=there"]).compare == ("there",)
 
 
 def test_a_folder_of_another_run_is_refused_and_kept(tmp_path):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 
 from action_tokenizer import ActionGrammar
-from emu3_vla.generation.cache import CachedTrunk
+from emu3_vla.generation.cache import CachedSequence
 from emu3_vla.model import BlockEmu3ForCausalLM
 from emu3_vla.vocabulary import CompactVocabulary
 
@@ -29,6 +31,16 @@ class WrittenChunk:
     probability: float
 
 
+@dataclass
+class _Chunk:
+    """A chunk as far as it is written. state: the grammar's."""
+
+    state: int
+    ids: list[int] = field(default_factory=list)
+    entropy: list[float] = field(default_factory=list)
+    log_probability: float = 0.0
+
+
 class ActionWriter:
     """Decodes chunks of one shape with one model. temperature 0 takes the likeliest id that is permitted."""
 
@@ -41,26 +53,51 @@ class ActionWriter:
         self._grammar, self._temperature = grammar, temperature
         self._refused = torch.from_numpy(~grammar.mask_rows)
 
-    @torch.inference_mode()
-    def write(self, trunk: CachedTrunk, state_H: torch.Tensor, generator: torch.Generator | None = None) -> WrittenChunk:
+    def write(self, sequence: CachedSequence, state_H: torch.Tensor, generator: torch.Generator | None = None) -> WrittenChunk:
         """Write until the chunk is whole. state_H: the trunk's state after "begin of action"; generator: for temperature above 0.
 
-        The cache then holds all ids but the last: nothing was asked after it, and end of chunk is all that may follow.
+        The sequence then holds all ids but the last: nothing was asked after it, and end of chunk is all that may follow.
         Raises DecodingFailed.
         """
-        grammar, state = self._grammar, self._grammar.start()
-        ids, entropies, log_probability = [], [], 0.0
+        return self.write_each([sequence], state_H[None], [generator])[0]
+
+    @torch.inference_mode()
+    def write_each(
+        self,
+        sequences: Sequence[CachedSequence],
+        states_SH: torch.Tensor,
+        generators: Sequence[torch.Generator | None],
+        *,
+        rows: int = 1,
+    ) -> list[WrittenChunk]:
+        """What `write` gives for each sequence, one step of all at a time. Raises DecodingFailed.
+
+        rows: compute at least so many rows at once, dead ones where there are fewer sequences.
+        """
+        chunks = [_Chunk(self._grammar.start()) for _ in sequences]
+        states_SH = F.pad(states_SH, (0, 0, 0, max(0, rows - len(sequences))))
+        following = torch.zeros(len(states_SH), dtype=torch.long, device=states_SH.device)
+        open_rows: list[CachedSequence | None] = [*sequences] + [None] * (len(states_SH) - len(sequences))
         while True:
-            logits = (self._head @ state_H).float()
-            log_p = self._masked(logits, state)
-            index = self._choose(log_p, generator)
-            log_probability += log_p[index].item()
-            entropies.append(_entropy(log_p))
-            ids.append(index)
-            state = grammar.advance(state, index)
-            if grammar.is_finished(state):
-                return WrittenChunk(ids, entropies, math.exp(log_probability))
-            state_H = trunk.extend(self._embeddings[index][None])[0]
+            logits_SV = F.linear(states_SH, self._head).float()
+            for row, chunk in enumerate(chunks):
+                if open_rows[row] is not None:
+                    following[row] = self._go_on(chunk, logits_SV[row], generators[row])
+                    if self._grammar.is_finished(chunk.state):
+                        open_rows[row] = None
+            if all(sequence is None for sequence in open_rows):
+                return [WrittenChunk(chunk.ids, chunk.entropy, math.exp(chunk.log_probability)) for chunk in chunks]
+            states_SH = sequences[0].trunk.step(self._embeddings[following], open_rows)
+
+    def _go_on(self, chunk: _Chunk, logits: torch.Tensor, generator: torch.Generator | None) -> int:
+        """Choose the chunk's next id from the logits that follow it."""
+        log_p = self._masked(logits, chunk.state)
+        index = self._choose(log_p, generator)
+        chunk.log_probability += log_p[index].item()
+        chunk.entropy.append(_entropy(log_p))
+        chunk.ids.append(index)
+        chunk.state = self._grammar.advance(chunk.state, index)
+        return index
 
     def _masked(self, logits: torch.Tensor, state: int) -> torch.Tensor:
         """Log-probabilities over what the grammar permits."""

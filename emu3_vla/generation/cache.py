@@ -1,17 +1,20 @@
-"""The trunk with a key-value cache, written for one sequence and few positions at a time.
+"""The trunk with a key-value cache, written for few positions at a time.
 
-    cached = CachedTrunk(model, capacity=512)
-    states = cached.extend(embeddings)      # prefill: many positions; decode: one
-    cached.truncate(length)                 # forget what came after; a prefix that did not change is not computed again
+    trunk = CachedTrunk(model)
+    sequence = trunk.sequence(capacity=512)
+    states = sequence.extend(embeddings)          # prefill: many positions; decode: one
+    sequence.truncate(length)                     # forget what came after; a prefix that did not change is not computed again
+    states = trunk.step(embeddings, sequences)    # one position of each of several sequences
 
 The same arithmetic as Emu3ForCausalLM's, from its weights, with projections that share an input fused into one product and the cache
 allocated once: a token costs a fifth of what `generate()` takes, most of which is bookkeeping.
 
-Axes: n new positions, T cached positions, h heads, d head width, H width of the trunk.
+Axes: n new positions, T cached positions, S sequences, h heads, d head width, H width of the trunk.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,23 +44,73 @@ class _Layer:
 
 
 class CachedTrunk:
-    """Keys and values of one sequence, and the trunk that extends it. Weights are copied: later changes to `model` are not seen."""
+    """The trunk's weights as `extend` and `step` use them. They are copied: later changes to `model` are not seen."""
 
-    def __init__(self, model: BlockEmu3ForCausalLM, capacity: int):
+    def __init__(self, model: BlockEmu3ForCausalLM):
         config = model.config
         if config.rope_parameters["rope_type"] != "default" or config.attention_bias or config.mlp_bias:
             raise ValueError("CachedTrunk computes default rotary positions and projections without bias; this model has others")
-        self.capacity, self.length = capacity, 0
-        self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self._head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.num_layers = config.num_hidden_layers
         self._eps, self._activation = config.rms_norm_eps, ACT2FN[config.hidden_act]
         self._layers = [_fuse(layer) for layer in model.model.layers]
         self._norm = model.model.norm.weight.detach()
-        like = self._norm
-        shape = (len(self._layers), self._kv_heads, capacity, self._head_size)
-        self._keys, self._values = like.new_zeros(shape), like.new_zeros(shape)
-        cos, sin = model.model.rotary_emb(like[None], torch.arange(capacity, device=like.device)[None])
-        self._cos, self._sin = cos[0], sin[0]
+        self._rotary = model.model.rotary_emb
+
+    def sequence(self, capacity: int) -> CachedSequence:
+        """An empty sequence of at most `capacity` positions."""
+        return CachedSequence(self, capacity)
+
+    @torch.inference_mode()
+    def step(self, embeddings_SH: torch.Tensor, sequences: Sequence[CachedSequence | None]) -> torch.Tensor:
+        """Extend each sequence by its row: (S, H), the states after the final norm. A row without a sequence is computed for nothing.
+
+        The weights are read once for all. Raises CacheFull before anything changed.
+        """
+        present = [(row, sequence) for row, sequence in enumerate(sequences) if sequence is not None]
+        for _, sequence in present:
+            sequence.require_room(1)
+
+        def attend(number: int, qkv: torch.Tensor) -> torch.Tensor:
+            attended = qkv.new_zeros(len(qkv), self.heads * self.head_size)
+            for row, sequence in present:
+                attended[row] = sequence.attend(number, qkv[row : row + 1])[0]
+            return attended
+
+        states_SH = self._layers_over(embeddings_SH, attend)
+        for _, sequence in present:
+            sequence.length += 1
+        return states_SH
+
+    def rotary(self, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of the first positions, each (capacity, d)."""
+        cos, sin = self._rotary(self._norm[None], torch.arange(capacity, device=self._norm.device)[None])
+        return cos[0], sin[0]
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        """Zeros of the weights' type, on their device."""
+        return self._norm.new_zeros(shape)
+
+    def _layers_over(self, hidden: torch.Tensor, attend: Callable[[int, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """All layers and the final norm: (n, H) to (n, H). attend: (number of the layer, its qkv of each row) -> (n, h·d)."""
+        for number, layer in enumerate(self._layers):
+            normed = _rms_norm(hidden, layer.input_norm, self._eps)
+            hidden = hidden + attend(number, normed @ layer.qkv) @ layer.out
+            normed = _rms_norm(hidden, layer.mlp_norm, self._eps)
+            gate, up = (normed @ layer.gate_up).chunk(2, dim=-1)
+            hidden = hidden + (self._activation(gate) * up) @ layer.down
+        return _rms_norm(hidden, self._norm, self._eps)
+
+
+class CachedSequence:
+    """Keys and values of one sequence; `CachedTrunk.sequence` makes it. length: positions that it holds."""
+
+    def __init__(self, trunk: CachedTrunk, capacity: int):
+        self.trunk, self.capacity, self.length = trunk, capacity, 0
+        shape = (trunk.num_layers, trunk.kv_heads, capacity, trunk.head_size)
+        self._keys, self._values = trunk.empty(*shape), trunk.empty(*shape)
+        self._cos, self._sin = trunk.rotary(capacity)
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` positions."""
@@ -69,37 +122,32 @@ class CachedTrunk:
     def extend(self, embeddings_nH: torch.Tensor) -> torch.Tensor:
         """States after each of n further positions: (n, H), after the final norm. Raises CacheFull."""
         new, start = len(embeddings_nH), self.length
-        end = start + new
-        if end > self.capacity:
-            raise CacheFull(f"{end} positions, but the cache holds {self.capacity}; make it larger or show less history")
-        cos, sin = self._cos[start:end], self._sin[start:end]
-        mask = None
-        if new > 1:
-            mask = torch.ones(new, end, dtype=torch.bool, device=embeddings_nH.device).tril_(start)
-        hidden = embeddings_nH
-        for number, layer in enumerate(self._layers):
-            normed = _rms_norm(hidden, layer.input_norm, self._eps)
-            hidden = hidden + self._attend(number, normed @ layer.qkv, cos, sin, mask) @ layer.out
-            normed = _rms_norm(hidden, layer.mlp_norm, self._eps)
-            gate, up = (normed @ layer.gate_up).chunk(2, dim=-1)
-            hidden = hidden + (self._activation(gate) * up) @ layer.down
-        self.length = end
-        return _rms_norm(hidden, self._norm, self._eps)
+        self.require_room(new)
+        mask = torch.ones(new, start + new, dtype=torch.bool, device=embeddings_nH.device).tril_(start) if new > 1 else None
+        states_nH = self.trunk._layers_over(embeddings_nH, lambda number, qkv: self.attend(number, qkv, mask))
+        self.length += new
+        return states_nH
 
-    def _attend(self, number: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Attention of n new positions over all: (n, h·d). Writes their keys and values into the cache."""
-        start, end = self.length, self.length + len(qkv)
-        heads = qkv.view(len(qkv), -1, self._head_size).transpose(0, 1)
-        rotary, value = heads[: self._heads + self._kv_heads], heads[self._heads + self._kv_heads :]
+    def require_room(self, new: int) -> None:
+        """Raises CacheFull where `new` further positions would not fit."""
+        if self.length + new > self.capacity:
+            raise CacheFull(f"{self.length + new} positions, but the cache holds {self.capacity}; make it larger or show less history")
+
+    def attend(self, number: int, qkv: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Attention of n new positions over all, in layer `number`: (n, h·d). Writes their keys and values behind `length`."""
+        trunk, start, end = self.trunk, self.length, self.length + len(qkv)
+        cos, sin = self._cos[start:end], self._sin[start:end]
+        heads = qkv.view(len(qkv), -1, trunk.head_size).transpose(0, 1)
+        rotary, value = heads[: trunk.heads + trunk.kv_heads], heads[trunk.heads + trunk.kv_heads :]
         rotated = rotary * cos + _rotate_half(rotary) * sin
-        self._keys[number, :, start:end] = rotated[self._heads :]
+        self._keys[number, :, start:end] = rotated[trunk.heads :]
         self._values[number, :, start:end] = value
         attended = F.scaled_dot_product_attention(
-            rotated[None, : self._heads],
+            rotated[None, : trunk.heads],
             self._keys[number, None, :, :end],
             self._values[number, None, :, :end],
             attn_mask=mask,
-            enable_gqa=self._heads != self._kv_heads,
+            enable_gqa=trunk.heads != trunk.kv_heads,
         )
         return attended[0].transpose(0, 1).reshape(len(qkv), -1)
 

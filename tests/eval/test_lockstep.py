@@ -77,6 +77,23 @@ def test_a_policy_that_cannot_share_says_so():
         LockStep(Job(policy="zero", env=EnvConfig(), rules=RULES, simulators=2))
 
 
+def test_a_checkpoint_decides_for_several(tiny_checkpoint):
+    """Also for chains whose neighbours come and go, with fewer running at the end."""
+
+    def results(simulators):
+        job = Job(policy=str(tiny_checkpoint), env=EnvConfig(), rules=RULES, simulators=simulators)
+        return {result.index: _without_times(result.to_json()) for result in LockStep(job).run(select_chains(5))}
+
+    together = results(4)
+    assert together == results(2) == results(1)
+    assert all(chain["attempts"][0]["decisions"] == 3 for chain in together.values())
+
+
+def _without_times(record: dict) -> dict:
+    attempts = [{key: value for key, value in attempt.items() if "seconds" not in key} for attempt in record["attempts"]]
+    return {key: value for key, value in record.items() if key != "seconds"} | {"attempts": attempts}
+
+
 def test_chains_of_a_dead_worker_run_alone_and_twice_at_most():
     tasks = [(index, ({}, ("open_drawer",))) for index in range(4)]
     waiting = Waiting(tasks)

@@ -29,7 +29,7 @@ def test_every_chunk_decodes(loaded, temperature):
     writer, tokenizer = _writer(loaded, temperature=temperature), loaded.action_tokenizer
     assert isinstance(tokenizer, FastTokenizer)
     for seed in range(10):
-        trunk = CachedTrunk(loaded.model, 200)
+        trunk = CachedTrunk(loaded.model).sequence(200)
         written = writer.write(trunk, _state(loaded, seed, scale=3), torch.Generator().manual_seed(seed))
         assert tokenizer.decode([written.ids], horizon=10, action_dim=7).shape == (1, 10, 7)
         assert trunk.length == len(written.ids) - 1
@@ -38,8 +38,8 @@ def test_every_chunk_decodes(loaded, temperature):
 
 
 def test_the_same_seed_draws_the_same_ids(loaded):
-    writer = _writer(loaded, temperature=2.0)
-    drawn = [writer.write(CachedTrunk(loaded.model, 200), _state(loaded, 0), torch.Generator().manual_seed(seed)).ids for seed in (1, 1, 2)]
+    writer, trunk = _writer(loaded, temperature=2.0), CachedTrunk(loaded.model)
+    drawn = [writer.write(trunk.sequence(200), _state(loaded, 0), torch.Generator().manual_seed(seed)).ids for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
@@ -48,12 +48,12 @@ def test_greedy_takes_the_likeliest_permitted_id(loaded):
     state, vocabulary = _state(loaded, 3), loaded.vocabulary
     logits = loaded.model.lm_head(state)[vocabulary.action_start : vocabulary.end_of_chunk + 1].detach().numpy()
     best = int(np.where(grammar.mask(grammar.start()), logits, -np.inf).argmax())
-    assert _writer(loaded).write(CachedTrunk(loaded.model, 200), state).ids[0] == best
+    assert _writer(loaded).write(CachedTrunk(loaded.model).sequence(200), state).ids[0] == best
 
 
 def test_logits_that_are_no_numbers_make_no_action(loaded):
     with pytest.raises(DecodingFailed, match="NaN or infinity"):
-        _writer(loaded).write(CachedTrunk(loaded.model, 200), torch.full((loaded.model.config.hidden_size,), torch.nan))
+        _writer(loaded).write(CachedTrunk(loaded.model).sequence(200), torch.full((loaded.model.config.hidden_size,), torch.nan))
 
 
 def test_negative_temperature_is_refused(loaded):

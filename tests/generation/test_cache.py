@@ -22,14 +22,14 @@ def _model(**changes) -> BlockEmu3ForCausalLM:
 def test_prefill_and_decode_agree_with_the_whole(changes):
     model, embeddings = _model(**changes), torch.randn(20, 32)
     expected = model.model(inputs_embeds=embeddings[None]).last_hidden_state[0]
-    trunk = CachedTrunk(model, 20)
+    trunk = CachedTrunk(model).sequence(20)
     parts = [trunk.extend(embeddings[:7]), trunk.extend(embeddings[7:12])]
     parts += [trunk.extend(embeddings[at : at + 1]) for at in range(12, 20)]
     torch.testing.assert_close(torch.cat(parts), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_truncated_prefix_is_as_good_as_new():
-    trunk, embeddings = CachedTrunk(_model(), 20), torch.randn(10, 32)
+    trunk, embeddings = CachedTrunk(_model()).sequence(20), torch.randn(10, 32)
     first = trunk.extend(embeddings)
     trunk.truncate(4)
     trunk.extend(torch.randn(9, 32))
@@ -38,11 +38,11 @@ def test_truncated_prefix_is_as_good_as_new():
 
 
 def test_refusals():
-    trunk = CachedTrunk(_model(), 5)
+    trunk = CachedTrunk(_model()).sequence(5)
     with pytest.raises(CacheFull, match="6 positions, but the cache holds 5"):
         trunk.extend(torch.zeros(6, 32))
     trunk.extend(torch.zeros(3, 32))
     with pytest.raises(ValueError, match="cannot keep 4 positions of 3"):
         trunk.truncate(4)
     with pytest.raises(ValueError, match="default rotary positions"):
-        CachedTrunk(_model(mlp_bias=True), 5)
+        CachedTrunk(_model(mlp_bias=True)).sequence(5)

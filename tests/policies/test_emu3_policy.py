@@ -19,6 +19,13 @@ def _observation(seed: int) -> dict[str, np.ndarray]:
     }
 
 
+def _watch_states(policy: Emu3Policy) -> list[torch.Tensor]:
+    """The trunk's states after "begin of action", as decisions come to be made."""
+    seen, write = [], policy._writer.write_each
+    policy._writer.write_each = lambda sequences, states, *rest, **more: seen.extend(states) or write(sequences, states, *rest, **more)
+    return seen
+
+
 @pytest.fixture
 def policy(tiny_checkpoint) -> Emu3Policy:
     return Emu3Policy(tiny_checkpoint)
@@ -50,13 +57,12 @@ def test_actions_are_what_the_ids_say(policy):
 def test_cache_gives_what_the_whole_document_gives(tiny_checkpoint, history):
     """Over more chunks than are shown, the state after "begin of action" is the one computed from the document alone."""
     policy = Emu3Policy(tiny_checkpoint, history=history)
-    seen, write = [], policy._writer.write
-    policy._writer.write = lambda trunk, state, generator: seen.append(state) or write(trunk, state, generator)
+    seen = _watch_states(policy)
     reference = load(tiny_checkpoint, dtype=torch.float32)
     policy.reset("go left")
     past = []
     for step in range(5):
-        images = policy._look(_observation(step))
+        images = policy._alone.look(_observation(step))
         decision = policy.infer(_observation(step))
         shown = past[len(past) - history :] if history else []
         expected = _state(reference, [Text(reference.text_tokenizer.encode("go left")), *sum(shown, []), *images])
@@ -92,10 +98,10 @@ def test_drawing_is_seeded_by_reset(tiny_checkpoint):
 def test_looks_and_listens(policy):
     """Neither the pictures nor the instruction are ignored."""
     black, white = ({name: np.full_like(image, value) for name, image in _observation(0).items()} for value in (0, 255))
-    codes = [policy._look(observation)[0].codes for observation in (black, white)]
+    policy.reset("go left")
+    codes = [policy._alone.look(observation)[0].codes for observation in (black, white)]
     assert not np.array_equal(*codes), "the tiny tokenizer tells black from white"
-    states, write = [], policy._writer.write
-    policy._writer.write = lambda trunk, state, generator: states.append(state) or write(trunk, state, generator)
+    states = _watch_states(policy)
     for instruction, observation in (("go left", black), ("go right", black), ("go left", white)):
         policy.reset(instruction)
         policy.infer(observation)
@@ -122,3 +128,42 @@ def test_refusals(tiny_checkpoint, policy):
     ):
         with pytest.raises(ValueError, match=message):
             Emu3Policy(tiny_checkpoint, **options)
+
+
+def _decide(sessions, policy, rounds: int) -> list[list[list[int]]]:
+    """Token ids of every session, round by round, each seeing pictures of its own."""
+    ids = []
+    for step in range(rounds):
+        answers = policy.infer_many(sessions, [_observation(100 * number + step) for number in range(len(sessions))])
+        ids.append([answer["token_ids"] for answer in answers])
+    return ids
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_sessions_answer_as_each_would_alone(tiny_checkpoint, temperature):
+    policy = Emu3Policy(tiny_checkpoint, temperature=temperature)
+    sessions = policy.sessions(5)
+    for number, session in enumerate(sessions):
+        session.reset("go left" if number % 2 else "go right", seed=number)
+    together = _decide(sessions, policy, rounds=4)
+    for number, session in enumerate(policy.sessions(5)):
+        assert isinstance(session, Policy)
+        session.reset("go left" if number % 2 else "go right", seed=number)
+        alone = [session.infer(_observation(100 * number + step))["token_ids"] for step in range(4)]
+        assert alone == [ids[number] for ids in together]
+
+
+def test_a_batch_that_fails_leaves_every_session_as_it_was(tiny_checkpoint):
+    policy = Emu3Policy(tiny_checkpoint, temperature=1.5)
+    first, second, untouched = policy.sessions(3)
+    for session in (first, second, untouched):
+        session.reset("go left", seed=1)
+        session.infer(_observation(0))
+    good = _observation(1)
+    with pytest.raises(ValueError, match="no 'rgb_gripper'"):
+        policy.infer_many([first, second], [good, {"rgb_static": good["rgb_static"]}])
+    write, policy._writer.write_each = policy._writer.write_each, lambda *arguments, **options: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        policy.infer_many([first, second], [good, good])
+    policy._writer.write_each = write
+    assert first.infer(good)["token_ids"] == second.infer(good)["token_ids"] == untouched.infer(good)["token_ids"]
