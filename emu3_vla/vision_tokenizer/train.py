@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from emu3_vla.vision_tokenizer.measure import Measurement, measure, save_picture
 from emu3_vla.vision_tokenizer.muon import Muon
 from emu3_vla.vision_tokenizer.perceptual import Perceptual, build_perceptual
 from emu3_vla.vision_tokenizer.state import TrainingState
+from envs.spec import RGB_GRIPPER, RGB_STATIC
 
 PRECISIONS = ("bf16", "fp32")
 
@@ -54,6 +55,8 @@ class TrainTokenizerConfig:
     seed: int = 0
     steps: int = 6000
     batch_size: int = 8  # frames of each camera a step
+    # of each camera's reconstruction beside the others'; a camera that is not named: 1
+    camera_weight: dict[str, float] = field(default_factory=lambda: {RGB_STATIC: 1.0, RGB_GRIPPER: 1.0})
     clip_share: float = 0.0  # of these frames, how many come as clips of consecutive stored frames
     clip_length: int = 4  # frames of a clip
     learning_rate: float = 6e-3  # Adam's highest; warmed up, then a cosine down to a fiftieth
@@ -88,6 +91,8 @@ class TrainTokenizerConfig:
         for name, known in (("precision", PRECISIONS), ("kind", KINDS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        if wrong := {camera: weight for camera, weight in self.camera_weight.items() if not weight > 0}:
+            raise ValueError(f"camera_weight is {wrong}, expected positive numbers")
         if not self.stores:
             raise ValueError("episodes names no episode store")
         if not 0 < self.validation_fraction < 1:
@@ -108,6 +113,10 @@ class TrainTokenizerConfig:
     def clips(self) -> int:
         """Clips of each camera a step."""
         return max(1, round(self.batch_size * self.clip_share / self.clip_length)) if self.clip_share else 0
+
+    def camera_share(self, camera: str, cameras: Iterable[str]) -> float:
+        """Of the reconstruction loss; those of all `cameras` add up to 1."""
+        return self.camera_weight.get(camera, 1.0) / sum(self.camera_weight.get(other, 1.0) for other in cameras)
 
     @property
     def images(self) -> int:
@@ -266,7 +275,8 @@ def _step(
     losses = _reconstruction(learner, pairs, parts, config)
     reconstruction = sum(losses.values())
     loss = reconstruction + config.loss.commitment * quantised.commitment + config.loss.codebook * quantised.codebook
-    figures = {name: value * len(frames) if name.startswith("loss_") else value for name, value in losses.items()}  # of one camera alone
+    alone = {f"loss_{camera}": config.camera_share(camera, frames) for camera in frames}
+    figures = {name: value / alone.get(name, 1) for name, value in losses.items()}
     figures |= {"commitment": quantised.commitment, "codebook": quantised.codebook}
     judged = learner.adversary is not None and step >= config.discriminator.begin
     if judged:
@@ -347,7 +357,7 @@ def _draw(
         for rows in drawn:
             every = medians[camera]
             median = every if len(every) == 1 else every[stored.store[rows.flatten()]]
-            share = rows.numel() / total / len(frames)
+            share = rows.numel() / total * config.camera_share(camera, frames)
             pixels = stored.pixels(rows).to(config.device)
             parts.append(Part(camera=camera, pixels=pixels, median=median.to(config.device), share=share))
     return parts

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from emu3_vla import cli
 from emu3_vla.data.episodes import EpisodeStore
 from emu3_vla.vision_tokenizer import VisionTokenizer, VisionTokenizerError
 from emu3_vla.vision_tokenizer import train as training
@@ -246,6 +247,13 @@ def test_errors_are_named(episodes, tmp_path):
     (tmp_path / "state.safetensors").write_bytes(b"half")
     with pytest.raises(VisionTokenizerError, match="state.safetensors is damaged .* delete it to start afresh"):
         run(config_for(episodes, tmp_path))
+
+
+def test_cameras_can_weigh_unequally(episodes, tmp_path):
+    config = cli.compose("train-tokenizer", [f"episodes={episodes}", "camera_weight.rgb_gripper=3"])
+    assert [config.camera_share(camera, ("rgb_static", "rgb_gripper")) for camera in ("rgb_static", "rgb_gripper")] == [0.25, 0.75]
+    with pytest.raises(ValueError, match=r"camera_weight is {'rgb_static': 0.0}, expected positive"):
+        config_for(episodes, tmp_path, camera_weight={"rgb_static": 0.0})
 
 
 def test_divergence_stops_the_run(episodes, tmp_path):
