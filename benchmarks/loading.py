@@ -1,12 +1,13 @@
 """Memory and time of loading a checkpoint, in every layout.
 
     OMP_NUM_THREADS=1 python benchmarks/loading.py                         # 1.0 B parameters, bfloat16, shards of 512 MB
-    OMP_NUM_THREADS=1 python benchmarks/loading.py --layouts baai --dtype float32
+    OMP_NUM_THREADS=1 python benchmarks/loading.py --layouts baai --stored float32 --dtype float32
 
 Writes a random checkpoint into a temporary folder, loads it in a fresh process, and runs a few tokens through it, so that every weight but
-the embedding's unused rows is touched; these are read too. "peak" is the process's peak resident memory less what it held after its
-imports, over the size of the weights in the type asked for; "whole" is the peak with the interpreter and the libraries in it. Mapped
-pages count as resident although the system may take them back at any time. Times depend on whether the files are in the page cache.
+the embedding's unused rows is touched; these are read too. All memory is resident memory over the size of the weights in the type asked
+for: "load" the peak of the whole process until `load` has returned; "peak" until everything was touched, less what the process held
+after its imports; "whole" the same with the interpreter and the libraries in it. Mapped pages count as resident although the system may
+take them back at any time. Times depend on whether the files are in the page cache.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ TOKENS = 8
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--layouts", nargs="+", default=[layout.name for layout in LAYOUTS], choices=[layout.name for layout in LAYOUTS])
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="type to load in; stored is bfloat16")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="type to load in")
+    parser.add_argument("--stored", default="bfloat16", choices=["bfloat16", "float32"], help="type that the files hold")
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
     parser.add_argument("--folder", default=None, help="where to write the checkpoints; default: a temporary folder")
     parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
@@ -50,16 +52,18 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(measure(arguments.child, getattr(torch, arguments.dtype))))
         return
-    print(f"{'layout':<18} {'parameters':>11} {'weights':>9} {'peak':>7} {'whole':>7} {'load':>8} {'forward':>8}")
+    print(f"{'layout':<18} {'parameters':>11} {'weights':>9} {'load':>7} {'peak':>7} {'whole':>7} {'load':>8} {'forward':>8}")
     for name in arguments.layouts:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-            write_checkpoint(Path(folder), name, SHAPE | {"num_hidden_layers": arguments.layers})
+            write_checkpoint(Path(folder), name, SHAPE | {"num_hidden_layers": arguments.layers}, getattr(torch, arguments.stored))
             command = [sys.executable, __file__, "--child", folder, "--dtype", arguments.dtype]
             figures = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
         size = figures["weights"]
+        memory = (figures["loaded"], figures["peak"] - figures["base"], figures["peak"])
         print(
-            f"{name:<18} {figures['parameters'] / 1e6:>9.0f} M {size / 1e6:>6.0f} MB {(figures['peak'] - figures['base']) / size:>7.3f} "
-            f"{figures['peak'] / size:>7.3f} {figures['load_s']:>6.2f} s {figures['forward_s']:>6.2f} s",
+            f"{name:<18} {figures['parameters'] / 1e6:>9.0f} M {size / 1e6:>6.0f} MB "
+            + " ".join(f"{part / size:>7.3f}" for part in memory)
+            + f" {figures['load_s']:>6.2f} s {figures['forward_s']:>6.2f} s",
             flush=True,
         )
 
@@ -72,7 +76,7 @@ def measure(folder: str, dtype: torch.dtype) -> dict[str, float]:
     base = _resident("VmRSS")
     began = time.perf_counter()
     loaded = emu3_vla.load(folder, dtype=dtype)
-    load_s = time.perf_counter() - began
+    load_s, loaded_bytes = time.perf_counter() - began, _resident("VmHWM")
     modules = [loaded.model] + ([loaded.vision_tokenizer] if loaded.vision_tokenizer is not None else [])
     weights = {id(tensor): tensor for module in modules for tensor in module.parameters()}
     with torch.inference_mode():
@@ -83,6 +87,7 @@ def measure(folder: str, dtype: torch.dtype) -> dict[str, float]:
             tensor.amax()  # the embedding's rows, and what a text forward does not use
     return {
         "base": base,
+        "loaded": loaded_bytes,
         "peak": _resident("VmHWM"),
         "weights": sum(tensor.nbytes for tensor in weights.values()),
         "parameters": sum(tensor.numel() for tensor in weights.values()),
@@ -91,14 +96,14 @@ def measure(folder: str, dtype: torch.dtype) -> dict[str, float]:
     }
 
 
-def write_checkpoint(folder: Path, layout: str, shape: dict[str, int]) -> None:
-    """A random bfloat16 checkpoint in this layout, sharded."""
+def write_checkpoint(folder: Path, layout: str, shape: dict[str, int], stored: torch.dtype) -> None:
+    """A random checkpoint in this layout, sharded."""
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = Emu3TextConfig(vocab_size=VOCABULARY, max_position_embeddings=5120, **shape, **special)
     if layout == OURS.name:
-        _write_ours(folder, shape)
+        _write_ours(folder, shape, stored)
         return
-    weights = random_weights(Emu3ForCausalLM, config)
+    weights = random_weights(Emu3ForCausalLM, config, stored)
     values = config.to_dict()
     if layout in (BAAI.name, UNIVLA.name):
         values |= {"model_type": "Emu3", "architectures": ["Emu3MoE" if layout == UNIVLA.name else "Emu3ForCausalLM"]}
@@ -110,29 +115,29 @@ def write_checkpoint(folder: Path, layout: str, shape: dict[str, int]) -> None:
         vision = Emu3VQVAEConfig()
         values = Emu3Config(text_config=config, vq_config=vision, vocabulary_map={"<image>": 3}).to_dict()
         weights = {f"text_model.{name}": tensor for name, tensor in weights.items()}
-        weights |= {f"vqmodel.{name}": tensor for name, tensor in random_weights(Emu3VQVAE, vision).items()}
+        weights |= {f"vqmodel.{name}": tensor for name, tensor in random_weights(Emu3VQVAE, vision, stored).items()}
     (folder / "config.json").write_text(json.dumps(values, default=str))
     write_weights(folder, weights, shard_bytes=512 * 2**20)
 
 
-def _write_ours(folder: Path, shape: dict[str, int]) -> None:
+def _write_ours(folder: Path, shape: dict[str, int], stored: torch.dtype) -> None:
     grids = (ImageGrid(name="rgb_static", rows=16, columns=16), ImageGrid(name="rgb_gripper", rows=12, columns=12))
     vocabulary = CompactVocabulary(text_size=VOCABULARY // 2, action_size=VOCABULARY // 2, codebook_size=1024, images=grids, block_size=4)
     config = build_config(vocabulary, max_position_embeddings=5120, **shape)
     (folder / "model").mkdir()
     config.save_pretrained(folder / "model")
     vocabulary.save(folder / "model" / "vocabulary.json")
-    write_weights(folder / "model", random_weights(BlockEmu3ForCausalLM, config), shard_bytes=512 * 2**20)
+    write_weights(folder / "model", random_weights(BlockEmu3ForCausalLM, config, stored), shard_bytes=512 * 2**20)
     (folder / "provenance.json").write_text(json.dumps({"format": 1, "files": {}}))
 
 
-def random_weights(kind: type[PreTrainedModel], config) -> dict[str, torch.Tensor]:
-    """Normal weights of the sizes that this module has, bfloat16; they need not make sense."""
+def random_weights(kind: type[PreTrainedModel], config, stored: torch.dtype) -> dict[str, torch.Tensor]:
+    """Normal weights of the sizes that this module has; they need not make sense."""
     with torch.device("meta"):
         expected = kind(config).state_dict()
     generator = torch.Generator().manual_seed(0)
     return {
-        name: torch.empty(tensor.shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+        name: torch.empty(tensor.shape, dtype=stored).normal_(0, 0.02, generator=generator)
         if tensor.is_floating_point()
         else torch.zeros(tensor.shape, dtype=tensor.dtype)
         for name, tensor in expected.items()

@@ -28,6 +28,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 """Types that Emu3's parts are published in. I64 is the step counter of the vision tokenizer's batch norms."""
 
 SHARD_BYTES = 4 * 2**30
+COPY_BYTES = 32 * 2**20  # of a tensor that is converted, at a time
 HEADER_LIMIT = 100_000_000  # bytes; safetensors' own limit
 
 
@@ -160,13 +161,26 @@ def _read_file(path: Path, names: list[str], targets: dict[str, torch.dtype], de
         for name in names:
             tensor = shared.get_tensor(name)
             if tensor.dtype != targets[name] or device.type != "cpu":
-                del tensor
-                # A mapping of its own: what was read of it leaves memory with it, so the file and its copy are never both whole in memory.
-                with safe_open(path, "pt") as own:
-                    tensor = own.get_tensor(name).to(device=device, dtype=targets[name], copy=True)
+                tensor = _copied(path, name, torch.empty(tensor.shape, dtype=targets[name], device=device))
             yield name, tensor
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged or cut short: {error}") from error
+
+
+def _copied(path: Path, name: str, target: torch.Tensor) -> torch.Tensor:
+    """`target`, filled with the tensor `name` of the file.
+
+    Some rows at a time, through a mapping of their own: what was read of it leaves memory with it, so the file and its copy are never both
+    whole in memory, not even one tensor's.
+    """
+    if target.ndim == 0:
+        with safe_open(path, "pt") as own:
+            return target.copy_(own.get_tensor(name))
+    rows = max(1, COPY_BYTES // max(1, target[:1].nbytes))
+    for start in range(0, len(target), rows):
+        with safe_open(path, "pt") as own:
+            target[start : start + rows] = own.get_slice(name)[start : start + rows]
+    return target
 
 
 def _write_file(path: Path, weights: dict[str, torch.Tensor]) -> None:
