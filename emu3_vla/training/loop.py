@@ -136,6 +136,7 @@ def main(config: TrainConfig) -> None:
 def train(config: TrainConfig) -> None:
     """The loop itself, in every process."""
     torch.set_num_threads(1)
+    commit = _git_commit()  # of the code that is loaded now; the folder may change while it runs
     output, leads = Path(config.output_dir), processes.rank() == 0
     console = Console(quiet=not leads)
     source = open_source(config.tokens, config.model.block_size)
@@ -180,7 +181,7 @@ def train(config: TrainConfig) -> None:
                 state.save(output / "state", step, optimizer)
     if leads:
         measured = measured or _last_validation(output / "metrics.jsonl")
-        _export(output / "policy", config, model, optimizer, source, measured)
+        _export(output / "policy", config, model, optimizer, source, measured, commit)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -251,6 +252,7 @@ def _export(
     optimizer: FlatAdamW,
     source: Source,
     measured: dict[str, float],
+    commit: str,
 ) -> None:
     history = config.chunks - 1 if config.history < 0 else config.history
     policy = checkpoint.PolicySettings(
@@ -266,7 +268,7 @@ def _export(
         "command": "train",
         "config": settings,
         "seed": config.seed,
-        "git_commit": _git_commit(),
+        "git_commit": commit,
         "token_store": source.manifest(),
         "parameters": len(optimizer.master),
         "held_out": measured,

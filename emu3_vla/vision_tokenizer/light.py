@@ -38,7 +38,7 @@ class LightConfig:
     codebook_size: int = 1024
     code_dimension: int = 8
     channels: tuple[int, ...] = (64, 128)  # at 1/4, at 1/8; a third number, at 1/16, makes a code of 16×16 pixels
-    encoder_blocks: tuple[int, ...] = (1, 2)  # residual blocks at each of these
+    encoder_blocks: tuple[int, ...] = (1, 1)  # residual blocks at each of these; encoding is on the way of every decision, decoding is not
     decoder_blocks: tuple[int, ...] = (1, 3)
     frames_per_code: int = 1  # 1: every frame alone; 4: Emu3's two halvings in time; any power of two
     temporal_channels: int = 32  # of the features that are mixed in time
