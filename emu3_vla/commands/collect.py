@@ -1,5 +1,8 @@
 """`emu3-vla collect`: the scripted expert's episodes, with disturbances, into an episode store.
 
+    emu3-vla collect output_dir=outputs/episodes shards=64
+    emu3-vla collect output_dir=outputs/relieved shards=64 seed=1 driver=outputs/train/policy      # the policy drives first (DAgger)
+
 Episodes come in chains like the benchmark's: a random symbolic state, five tasks that are possible one after another, the arm left where
 the last task ended. So the starts that a policy will meet are the starts that it is shown. Every shard depends on (seed, its number) alone.
 """
@@ -9,11 +12,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+import policies
 from envs.calvin.expert.demonstrate import DemonstrationConfig
 from eval.environment import OWN_SIMULATOR, EnvConfig
 
@@ -37,12 +42,17 @@ class CollectConfig:
     tasks: tuple[str, ...] = ()
     """Record these tasks alone (others of a chain are played but not kept); empty for all 34."""
     demonstration: DemonstrationConfig = field(default_factory=DemonstrationConfig)
+    driver: str = ""
+    """A policy (name or checkpoint folder) that acts at the beginning of `demonstration.driven_probability` of the episodes, until the
+    expert relieves it. Empty: nobody."""
     workers: int = 2
     """Simulator processes, one thread each."""
     seed: int = 0
     output_dir: str = ""
 
     def __post_init__(self):
+        if self.driver:
+            policies.checkpoint_folder(self.driver)
         for name in ("shards", "chains_per_shard", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -70,7 +80,7 @@ def main(config: CollectConfig) -> None:
         "frame_stride": config.demonstration.frame_stride,
         "chains_per_shard": config.chains_per_shard,
         "wordings": wordings,
-    }
+    } | ({"driver": config.driver} if config.driver else {})
     store = EpisodeStore.create(Path(config.output_dir), metadata)
     missing = [index for index in range(config.shards) if not store.has_shard(index)]
     columns = (
@@ -106,10 +116,10 @@ def _collect_shard(job: tuple[CollectConfig, int]) -> tuple[int, int]:
     config, index = job
     rng = np.random.default_rng([config.seed, index])
     env = config.env.make()
-    expert = ExpertPolicy(config.env.scene)
+    expert, driver = ExpertPolicy(config.env.scene), _driver(config.driver)
     episodes, failed, played = [], 0, 0
     while played < config.chains_per_shard or not episodes:  # a shard holds at least one episode, however rare its tasks are
-        kept, finished = _play_chain(env, expert, rng, config)
+        kept, finished = _play_chain(env, expert, driver, rng, config)
         episodes += kept
         failed += not finished
         played += 1
@@ -118,7 +128,13 @@ def _collect_shard(job: tuple[CollectConfig, int]) -> tuple[int, int]:
     return len(episodes), failed
 
 
-def _play_chain(env, expert, rng: np.random.Generator, config: CollectConfig) -> tuple[list, bool]:
+@cache
+def _driver(name: str):
+    """The driving policy of this process, or None."""
+    return policies.load(name) if name else None
+
+
+def _play_chain(env, expert, driver, rng: np.random.Generator, config: CollectConfig) -> tuple[list, bool]:
     """Episodes of one chain, up to the first task that the expert fails; and whether it failed none."""
     from envs.calvin.expert.demonstrate import demonstrate
     from envs.calvin.language import training_wordings
@@ -130,10 +146,10 @@ def _play_chain(env, expert, rng: np.random.Generator, config: CollectConfig) ->
     kept = []
     for task in chain:
         instruction = str(rng.choice(training_wordings()[task]))
-        episode = demonstrate(env, expert, task, instruction, rng, config.demonstration)
+        episode = demonstrate(env, expert, task, instruction, rng, config.demonstration, driver)
         if episode is None:
             return kept, False
-        if not config.tasks or task in config.tasks:
+        if (not config.tasks or task in config.tasks) and episode.imitate.any():
             kept.append(episode)
     return kept, True
 

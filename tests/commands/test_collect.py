@@ -66,6 +66,17 @@ def test_other_scenes_are_collected(scene, tmp_path):
     assert store.totals().episodes >= 1
 
 
+def test_a_policy_may_drive_first(tmp_path):
+    options = ("preset=debug", "shards=1", "workers=1", "driver=random", "demonstration.driven_probability=1")
+    assert cli.main(["collect", *options, "demonstration.driven_steps=[15,20]", f"output_dir={tmp_path}"]) == 0
+    store = EpisodeStore.open(tmp_path)
+    assert store.metadata["driver"] == "random"
+    for episode in store.read_shard(0):
+        assert not episode.imitate[:15].any() and episode.imitate[20:].all() and episode.imitate.any()
+    with pytest.raises(ValueError, match="policy 'randm' is no known name"):
+        CollectConfig(driver="randm")
+
+
 def test_the_original_simulator_is_refused():
     with pytest.raises(ValueError, match="collect with emu3-vla"):
         CollectConfig(env=_original())

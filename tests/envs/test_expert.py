@@ -204,6 +204,36 @@ def test_demonstration_recovers_from_its_disturbance(env):
     assert np.abs(episode.actions).max() <= 1 and set(np.unique(episode.actions[:, 6])) <= {-1.0, 1.0}
 
 
+class _Forward:
+    """Looks, then moves forward for seven steps. Keeps what it was shown and told."""
+
+    requires = frozenset({"rgb_static", "rgb_gripper"})
+
+    def __init__(self):
+        self.seen, self.told = [], []
+
+    def reset(self, instruction, *, task=None, seed=None):
+        self.told.append((instruction, task))
+
+    def infer(self, observation):
+        self.seen.append(observation["rgb_static"])
+        return {"actions": np.tile(np.array([0, 0.5, 0, 0, 0, 0, 1], np.float32), (7, 1))}
+
+
+def test_expert_relieves_a_driver(env):
+    expert, driver = ExpertPolicy("D"), _Forward()
+    task = _begin(env, expert, 0)[0]
+    config = DemonstrationConfig(driven_probability=1.0, driven_steps=(17, 17))
+    episode = demonstrate(env, expert, task, "do it", np.random.default_rng(0), config, driver)
+    assert driver.told == [("do it", None)]
+    assert not episode.imitate[:17].any() and episode.imitate[17:].all()
+    assert np.all(episode.actions[:17, 1] == 0.5)
+    assert list(episode.frame_step[:6]) == [0, 5, 10, 15, 17, 22], "the grid starts anew when the expert takes over"
+    assert len(driver.seen) == 3  # at steps 0, 7 and 14, each time what the camera shows then
+    np.testing.assert_array_equal(driver.seen[0], episode.rgb_static[0])
+    assert not np.array_equal(driver.seen[1], driver.seen[0])
+
+
 def test_actions_of_a_demonstration_replay_to_its_states(env):
     expert = ExpertPolicy("D")
     task = _begin(env, expert, 3)[0]
@@ -223,3 +253,5 @@ def test_what_the_expert_does_not_know_is_named():
         ExpertPolicy("D").reset("", task="open_drawr")
     with pytest.raises(ValueError, match="disturbance_probability=2"):
         DemonstrationConfig(disturbance_probability=2)
+    with pytest.raises(ValueError, match="driven_steps=.5, 2. must be two ascending"):
+        DemonstrationConfig(driven_steps=(5, 2))
