@@ -38,6 +38,7 @@ from emu3_vla.training.figures import Figures, LossConfig
 from emu3_vla.training.optimizer import FlatAdamW, OptimizerConfig
 from emu3_vla.training.source import Source, open_source
 
+EXPORTS = ("last", "best")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -95,6 +96,8 @@ class TrainConfig:
     validation_documents: int = 256
     validate_every: int = 500
     checkpoint_every: int = 200
+    keep_states: int = 1  # of the newest, beside the best: that with the least held-out loss of actions
+    export: str = "last"  # which weights become the policy: last, or best
     log_every: int = 10
     model: ModelSizes = field(default_factory=ModelSizes)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -102,11 +105,13 @@ class TrainConfig:
 
     def __post_init__(self):
         positive = ("steps", "batch_size", "chunks", "processes", "validation_documents")
-        for name in (*positive, "validate_every", "checkpoint_every", "log_every"):
+        for name in (*positive, "validate_every", "checkpoint_every", "log_every", "keep_states"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.precision not in DTYPES:
             raise ValueError(f"precision is {self.precision!r}, expected one of {', '.join(DTYPES)}")
+        if self.export not in EXPORTS:
+            raise ValueError(f"export is {self.export!r}, expected one of {', '.join(EXPORTS)}")
         if not -1 <= self.history < self.chunks:
             raise ValueError(f"history is {self.history}, expected -1 to {self.chunks - 1} with chunks={self.chunks}")
         if self.batch_size % self.processes:
@@ -146,6 +151,7 @@ def train(config: TrainConfig) -> None:
     model = _new_model(config, source)
     optimizer = FlatAdamW(model, config.optimizer, DTYPES[config.precision])
     step = state.load(output / "state", optimizer)
+    saver = state.Saver(output / "state", keep=config.keep_states) if leads else None
     metrics = _open_metrics(output / "metrics.jsonl", step, leads)
     if config.compile:
         for layer in model.model.layers:  # layer by layer: one graph serves all, and compiles in seconds
@@ -156,32 +162,40 @@ def train(config: TrainConfig) -> None:
     )
     with _progress(console, disable=not leads) as progress:
         bar = progress.add_task("train", total=config.steps, completed=step, status="")
-        running, pace = Figures.zero(), Pace()
-        measured: dict[str, float] = {}
+        running, pace, skipped = Figures.zero(), Pace(), 0
         while step < config.steps:
             model.train()
             batch = stream.batch(step, processes.rank(), processes.count())
             rate = learning_rate(step, config)
             learned, norm = _step(model, optimizer, batch, source, step, rate, config)
             step += 1
-            running.add(learned)
+            skipped = 0 if config.optimizer.accepts(norm) else skipped + 1
+            if skipped:
+                metrics({"step": step, "event": "skipped", "gradient_norm": str(norm), "in_a_row": skipped})
+                console.print(f"step {step} is skipped: the gradient's norm is {norm:g}")
+                _check_skipped(skipped, step, norm, learned, config)
+            else:
+                running.add(learned)
             pace.count(batch)
 
             if step % config.log_every == 0 or step == config.steps:
-                record = {"step": step} | _rounded(running.over_processes().means()) | {"gradient_norm": round(norm, 4), "lr": rate}
+                record = {"step": step} | _rounded(running.over_processes().means())
+                record |= {"gradient_norm": round(norm, 4) if math.isfinite(norm) else str(norm), "lr": rate}
                 metrics(record | pace.rates())
                 progress.update(bar, completed=step, status=_status(record | pace.rates()))
                 running, pace = Figures.zero(), Pace()
+            measured: dict[str, float] = {}
             if step % config.validate_every == 0 or step == config.steps:
                 measured = _validate(model, optimizer, validation, source)
                 metrics({"step": step, "validation": measured})
                 console.print(f"step {step} held out: {_status(measured)}", soft_wrap=True)
                 pace = Pace()
-            if leads and (step % config.checkpoint_every == 0 or step == config.steps):
-                state.save(output / "state", step, optimizer)
-    if leads:
-        measured = measured or _last_validation(output / "metrics.jsonl")
-        _export(output / "policy", config, model, optimizer, source, measured, commit)
+            if saver and (measured or step % config.checkpoint_every == 0):
+                saver.save(step, optimizer, measured)
+    if saver:
+        chosen = saver.best() if config.export == "best" else saver.newest()
+        state.restore(chosen, optimizer)
+        _export(output / "policy", config, model, optimizer, source, chosen, commit)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -201,7 +215,7 @@ def _step(
     rate: float,
     config: TrainConfig,
 ) -> tuple[Figures, float]:
-    """One optimiser step. Returns this process's figures and the gradient's norm. Raises TrainingDiverged."""
+    """One optimiser step. Returns this process's figures and the gradient's norm; see OptimizerConfig.accepts."""
     draws = torch.Generator().manual_seed(_seed(config.seed, step, processes.rank()))
     torch.manual_seed(_seed(config.seed, step, processes.rank()))  # dropout
     chosen = figures_of.choose_blocks(batch, config.loss.vision_loss_fraction, draws)
@@ -210,13 +224,17 @@ def _step(
     optimizer.zero_gradient()
     sums, learned = figures_of.losses(model, batch, chosen, source.vocabulary, config.loss.label_smoothing)
     figures_of.total(sums, tokens, config.loss).backward()
-    norm = optimizer.step(step, rate)
-    if not math.isfinite(norm):
+    return learned, optimizer.step(step, rate)
+
+
+def _check_skipped(skipped: int, step: int, norm: float, learned: Figures, config: TrainConfig) -> None:
+    """Raises TrainingDiverged where too many steps in a row were skipped."""
+    if skipped > config.optimizer.skip_most:
         raise TrainingDiverged(
-            f"step {step}: the gradient's norm is {norm}, mean losses {learned.means()}; nothing was updated. "
-            f"Lower optimizer.learning_rate={config.optimizer.learning_rate} or use precision=fp32, with a new output_dir"
+            f"step {step}: the gradient's norm is {norm}, mean losses {learned.means()}; nothing was updated"
+            + (f", and neither in the {skipped - 1} steps before" if skipped > 1 else "")
+            + f". Lower optimizer.learning_rate={config.optimizer.learning_rate} or use precision=fp32, with a new output_dir"
         )
-    return learned, norm
 
 
 def _seed(seed: int, step: int, rank: int) -> int:
@@ -251,7 +269,7 @@ def _export(
     model: BlockEmu3ForCausalLM,
     optimizer: FlatAdamW,
     source: Source,
-    measured: dict[str, float],
+    chosen: state.Saved,
     commit: str,
 ) -> None:
     history = config.chunks - 1 if config.history < 0 else config.history
@@ -271,7 +289,8 @@ def _export(
         "git_commit": commit,
         "token_store": source.manifest(),
         "parameters": len(optimizer.master),
-        "held_out": measured,
+        "step": chosen.step,
+        "held_out": chosen.held_out,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
     }
     checkpoint.save(
@@ -335,12 +354,6 @@ def _open_metrics(path: Path, step: int, leads: bool) -> Callable[[dict], None]:
             file.write(json.dumps(record) + "\n")
 
     return write
-
-
-def _last_validation(path: Path) -> dict[str, float]:
-    """Figures of the last validation, for a run that was cut off between its last step and its export."""
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    return next(record["validation"] for record in reversed(records) if "validation" in record)
 
 
 def _git_commit() -> str:

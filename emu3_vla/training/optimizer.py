@@ -6,6 +6,7 @@ all-reducing, clipping, stepping and averaging are a handful of calls over one t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,17 +27,23 @@ class OptimizerConfig:
     beta2: float = 0.97
     weight_decay: float = 0.05  # of matrices; vectors and embeddings have none
     gradient_clip: float = 1.0  # of the global norm
+    skip_above: float = math.inf  # a step whose gradient's norm is above this, or not finite, changes nothing
+    skip_most: int = 0  # such steps in a row; one more ends the run
     ema_decay: float = 0.998  # 0: no averaging
 
     def __post_init__(self):
-        for name in ("learning_rate", "gradient_clip"):
-            if getattr(self, name) <= 0:
+        for name in ("learning_rate", "gradient_clip", "skip_above"):
+            if not getattr(self, name) > 0:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}, expected above 0")
         for name in ("final_fraction", "beta1", "beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}, expected at least 0 and below 1")
-        if self.warmup_steps < 0 or self.weight_decay < 0:
-            raise ValueError("optimizer.warmup_steps and optimizer.weight_decay must not be negative")
+        if min(self.warmup_steps, self.weight_decay, self.skip_most) < 0:
+            raise ValueError("optimizer.warmup_steps, optimizer.weight_decay and optimizer.skip_most must not be negative")
+
+    def accepts(self, norm: float) -> bool:
+        """Whether a gradient of this norm is a step."""
+        return math.isfinite(norm) and norm <= self.skip_above
 
 
 class FlatAdamW:
@@ -75,13 +82,13 @@ class FlatAdamW:
     def step(self, step: int, learning_rate: float) -> float:
         """Sum the gradients over all processes, clip, update. `step` counts from 0. Returns the gradient's norm before clipping.
 
-        A norm that is not finite changes nothing; the caller must look.
+        A norm that `config.accepts` not changes nothing; the caller must look.
         """
         self.gradient.copy_(self.working_gradient)
         if dist.is_initialized():
             dist.all_reduce(self.gradient)
         norm = self.gradient.norm().item()
-        if not torch.isfinite(torch.tensor(norm)):
+        if not self.config.accepts(norm):
             return norm
         self.gradient.mul_(min(1.0, self.config.gradient_clip / (norm + 1e-6)))
         for group in self._adamw.param_groups:

@@ -118,9 +118,76 @@ def test_init_from_starts_at_another_checkpoint(tiny_store, tiny_checkpoint, tmp
 
 def test_diverging_stops_with_a_name_and_no_policy(tiny_store, tmp_path, monkeypatch):
     monkeypatch.setattr(FlatAdamW, "step", lambda self, step, rate: math.nan if step == 1 else 1.0)
-    with pytest.raises(loop.TrainingDiverged, match=r"step 1: the gradient's norm is nan.*learning_rate"):
+    with pytest.raises(loop.TrainingDiverged, match=r"step 2: the gradient's norm is nan.*learning_rate"):
         tiny_tokens.train(tiny_store.path, tmp_path, steps=3)
     assert not (tmp_path / "policy").exists()
+
+
+def test_single_bad_steps_can_be_skipped(tiny_store, tmp_path, monkeypatch):
+    """Gradients that are no numbers, or too long, change nothing and are named; too many of them in a row end the run."""
+    gradient, norms = FlatAdamW.zero_gradient, {2: math.nan, 3: math.inf}
+    taken = iter(range(100))
+    for name in ("two", "long"):
+        (tmp_path / name).mkdir()
+
+    def poisoned(self):
+        gradient(self)
+        self.working_gradient += norms.get(next(taken), 0.0)
+
+    monkeypatch.setattr(FlatAdamW, "zero_gradient", poisoned)
+    optimizer = OptimizerConfig(warmup_steps=2, skip_most=2)
+    tiny_tokens.train(tiny_store.path, tmp_path / "two", steps=6, optimizer=optimizer)
+    events = [record for record in _records(tmp_path / "two") if "event" in record]
+    assert [(event["step"], event["event"], event["gradient_norm"], event["in_a_row"]) for event in events] == [
+        (3, "skipped", "nan", 1),
+        (4, "skipped", "inf", 2),
+    ]
+    assert all(torch.isfinite(tensor).all() for tensor in _weights(tmp_path / "two").values())
+    norms.clear()
+    with pytest.raises(loop.TrainingDiverged, match="step 3: the gradient's norm is .* and neither in the 2 steps before"):
+        tiny_tokens.train(tiny_store.path, tmp_path / "long", steps=6, optimizer=dataclasses.replace(optimizer, skip_above=1e-9))
+
+
+def test_the_best_weights_become_the_policy_where_asked(tiny_store, tmp_path, monkeypatch):
+    measured = iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(loop, "_validate", lambda *arguments: {"loss_action": next(measured)})
+    tiny_tokens.train(tiny_store.path, tmp_path, steps=6, validate_every=2, checkpoint_every=1, export="best")
+    assert sorted(folder.name for folder in (tmp_path / "state").iterdir()) == ["step-000004", "step-000006"]
+    provenance = json.loads((tmp_path / "policy" / "provenance.json").read_text())
+    assert (provenance["step"], provenance["held_out"]) == (4, {"loss_action": 1.0})
+    best = load_file(tmp_path / "state" / "step-000004" / state.STATE_FILE)["average"]
+    assert sum(tensor.sum().item() for tensor in _weights(tmp_path).values()) == pytest.approx(best.sum().item(), rel=1e-4)
+
+
+def test_a_full_disk_leaves_the_states_before_it_whole(tmp_path, monkeypatch):
+    optimizer = FlatAdamW(torch.nn.Linear(3, 3), OptimizerConfig(), torch.float32)
+    saver = state.Saver(tmp_path)
+    saver.save(1, optimizer)
+    saver.wait()
+    write = state.save_file
+
+    def full(tensors, path):
+        write({name: tensor[:1] for name, tensor in tensors.items()}, path)  # a part of it arrives
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(state, "save_file", full)
+    saver.save(2, optimizer)
+    with pytest.raises(state.NotSaved, match="No space left on device; the last whole one is .*step-000001. Make room"):
+        saver.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+    assert state.load(tmp_path, optimizer) == 1
+
+
+def test_leftovers_of_a_killed_write_are_removed(tmp_path):
+    optimizer = FlatAdamW(torch.nn.Linear(3, 3), OptimizerConfig(), torch.float32)
+    (tmp_path / ".step-000007.tmp").mkdir()
+    (tmp_path / ".step-000007.tmp" / state.STATE_FILE).write_bytes(b"half")
+    assert state.load(tmp_path, optimizer) == 0
+    saver = state.Saver(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        saver.save(step, optimizer)
+    assert saver.newest().step == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000003"]
 
 
 def test_state_of_another_model_is_refused(tiny_store, tmp_path):
@@ -137,6 +204,7 @@ def test_state_of_another_model_is_refused(tiny_store, tmp_path):
     ("values", "message"),
     [
         ({"steps": 0}, "steps is 0"),
+        ({"export": "first"}, "export is 'first', expected one of last, best"),
         ({"precision": "fp8"}, "precision is 'fp8', expected one of bf16, fp32"),
         ({"history": 3}, "history is 3, expected -1 to 2 with chunks=3"),
         ({"batch_size": 9, "processes": 2}, "no multiple of processes=2"),
