@@ -13,13 +13,10 @@ Leaves in output_dir: policy/ (the checkpoint folder, averaged weights), metrics
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import platform
 import shutil
 import subprocess
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +34,7 @@ from emu3_vla.training import processes, state
 from emu3_vla.training.figures import Figures, LossConfig
 from emu3_vla.training.optimizer import FlatAdamW, OptimizerConfig
 from emu3_vla.training.source import Source, open_source
+from emu3_vla.training.telemetry import EXTRAS, Metrics, Pace, live_line, measured_peak, training_flops
 
 EXPORTS = ("last", "best")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -99,6 +97,7 @@ class TrainConfig:
     keep_states: int = 1  # of the newest, beside the best: that with the least held-out loss of actions
     export: str = "last"  # which weights become the policy: last, or best
     log_every: int = 10
+    log_to: tuple[str, ...] = ()  # beside metrics.jsonl: tensorboard, wandb
     model: ModelSizes = field(default_factory=ModelSizes)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -110,6 +109,9 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.precision not in DTYPES:
             raise ValueError(f"precision is {self.precision!r}, expected one of {', '.join(DTYPES)}")
+        for name in self.log_to:
+            if name not in EXTRAS:
+                raise ValueError(f"log_to names {name!r}, expected some of {', '.join(EXTRAS)}")
         if self.export not in EXPORTS:
             raise ValueError(f"export is {self.export!r}, expected one of {', '.join(EXPORTS)}")
         if not -1 <= self.history < self.chunks:
@@ -152,7 +154,9 @@ def train(config: TrainConfig) -> None:
     optimizer = FlatAdamW(model, config.optimizer, DTYPES[config.precision])
     step = state.load(output / "state", optimizer)
     saver = state.Saver(output / "state", keep=config.keep_states) if leads else None
-    metrics = _open_metrics(output / "metrics.jsonl", step, leads)
+    output.mkdir(parents=True, exist_ok=True)
+    metrics = Metrics(output, step, leads=leads, extras=config.log_to, config=dataclasses.asdict(config))
+    pace = Pace(processes.count(), measured_peak(DTYPES[config.precision], model.device))
     if config.compile:
         for layer in model.model.layers:  # layer by layer: one graph serves all, and compiles in seconds
             layer.compile(dynamic=True)
@@ -162,12 +166,13 @@ def train(config: TrainConfig) -> None:
     )
     with _progress(console, disable=not leads) as progress:
         bar = progress.add_task("train", total=config.steps, completed=step, status="")
-        running, pace, skipped = Figures.zero(), Pace(), 0
+        running, skipped = Figures.zero(), 0
+        pace.start()
         while step < config.steps:
             model.train()
             batch = stream.batch(step, processes.rank(), processes.count())
             rate = learning_rate(step, config)
-            learned, norm = _step(model, optimizer, batch, source, step, rate, config)
+            learned, norm, flops = _step(model, optimizer, batch, source, step, rate, config)
             step += 1
             skipped = 0 if config.optimizer.accepts(norm) else skipped + 1
             if skipped:
@@ -176,22 +181,25 @@ def train(config: TrainConfig) -> None:
                 _check_skipped(skipped, step, norm, learned, config)
             else:
                 running.add(learned)
-            pace.count(batch)
+            pace.count(batch, flops)
 
             if step % config.log_every == 0 or step == config.steps:
                 record = {"step": step} | _rounded(running.over_processes().means())
                 record |= {"gradient_norm": round(norm, 4) if math.isfinite(norm) else str(norm), "lr": rate}
-                metrics(record | pace.rates())
-                progress.update(bar, completed=step, status=_status(record | pace.rates()))
-                running, pace = Figures.zero(), Pace()
+                record |= pace.rates()
+                metrics(record)
+                progress.update(bar, completed=step, status=live_line(record))
+                running = Figures.zero()
+                pace.start()
             measured: dict[str, float] = {}
             if step % config.validate_every == 0 or step == config.steps:
                 measured = _validate(model, optimizer, validation, source)
                 metrics({"step": step, "validation": measured})
-                console.print(f"step {step} held out: {_status(measured)}", soft_wrap=True)
-                pace = Pace()
+                console.print(f"step {step} held out: {live_line(measured)}", soft_wrap=True)
+                pace.start()
             if saver and (measured or step % config.checkpoint_every == 0):
                 saver.save(step, optimizer, measured)
+    metrics.close()
     if saver:
         chosen = saver.best() if config.export == "best" else saver.newest()
         state.restore(chosen, optimizer)
@@ -214,8 +222,8 @@ def _step(
     step: int,
     rate: float,
     config: TrainConfig,
-) -> tuple[Figures, float]:
-    """One optimiser step. Returns this process's figures and the gradient's norm; see OptimizerConfig.accepts."""
+) -> tuple[Figures, float, float]:
+    """One optimiser step. Returns this process's figures, the gradient's norm (see OptimizerConfig.accepts), and the operations it took."""
     draws = torch.Generator().manual_seed(_seed(config.seed, step, processes.rank()))
     torch.manual_seed(_seed(config.seed, step, processes.rank()))  # dropout
     chosen = figures_of.choose_blocks(batch, config.loss.vision_loss_fraction, draws)
@@ -224,7 +232,7 @@ def _step(
     optimizer.zero_gradient()
     sums, learned = figures_of.losses(model, batch, chosen, source.vocabulary, config.loss.label_smoothing)
     figures_of.total(sums, tokens, config.loss).backward()
-    return learned, optimizer.step(step, rate)
+    return learned, optimizer.step(step, rate), training_flops(model, batch, len(chosen))
 
 
 def _check_skipped(skipped: int, step: int, norm: float, learned: Figures, config: TrainConfig) -> None:
@@ -304,32 +312,6 @@ def _export(
     )
 
 
-class Pace:
-    """Counts what passes and says how fast, over all processes (each gets an equal part of a batch)."""
-
-    def __init__(self):
-        self._began, self._chunks, self._positions, self._steps = time.monotonic(), 0, 0, 0
-
-    def count(self, batch: Batch) -> None:
-        self._chunks += batch.chunks * processes.count()
-        self._positions += batch.positions * processes.count()
-        self._steps += 1
-
-    def rates(self) -> dict[str, float]:
-        seconds = time.monotonic() - self._began
-        names = ("chunks_per_s", "positions_per_s", "step_s")
-        return {name: round(value, 3) for name, value in zip(names, self._rates(seconds), strict=True)}
-
-    def _rates(self, seconds: float) -> tuple[float, float, float]:
-        return self._chunks / seconds, self._positions / seconds, seconds / max(1, self._steps)
-
-
-def _status(record: dict[str, float]) -> str:
-    shown = ("loss_action", "action_accuracy", "loss_vision", "loss_text", "chunks_per_s", "positions_per_s")
-    names = ("action", "accuracy", "vision", "text", "chunks/s", "tokens/s")
-    return "  ".join(f"{name} {record[key]:.4g}" for key, name in zip(shown, names, strict=True) if key in record)
-
-
 def _rounded(values: dict[str, float]) -> dict[str, float]:
     return {name: round(value, 5) for name, value in values.items()}
 
@@ -337,23 +319,6 @@ def _rounded(values: dict[str, float]) -> dict[str, float]:
 def _progress(console: Console, disable: bool) -> Progress:
     columns = (MofNCompleteColumn(), BarColumn(20), TextColumn("{task.fields[status]}"), TimeElapsedColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, disable=disable)
-
-
-def _open_metrics(path: Path, step: int, leads: bool) -> Callable[[dict], None]:
-    """Append lines of JSON to `path`, after dropping those of steps that are about to be taken again. Only the leading process writes."""
-    if not leads:
-        return lambda record: None
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
-    temporary.replace(path)
-
-    def write(record: dict) -> None:
-        with path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-
-    return write
 
 
 def _git_commit() -> str:

@@ -21,7 +21,7 @@ from emu3_vla.training.figures import LossConfig
 from emu3_vla.training.loop import ModelSizes, TrainConfig, learning_rate
 from emu3_vla.training.optimizer import FlatAdamW, OptimizerConfig
 
-TIMINGS = ("chunks_per_s", "positions_per_s", "step_s")
+TIMINGS = ("chunks_per_s", "positions_per_s", "step_s", "of_peak", "memory_gb")
 
 
 def _records(output: Path) -> list[dict]:
@@ -204,6 +204,7 @@ def test_state_of_another_model_is_refused(tiny_store, tmp_path):
     ("values", "message"),
     [
         ({"steps": 0}, "steps is 0"),
+        ({"log_to": ("tensorbord",)}, "log_to names 'tensorbord', expected some of tensorboard, wandb"),
         ({"export": "first"}, "export is 'first', expected one of last, best"),
         ({"precision": "fp8"}, "precision is 'fp8', expected one of bf16, fp32"),
         ({"history": 3}, "history is 3, expected -1 to 2 with chunks=3"),
