@@ -88,6 +88,7 @@ class TrainConfig:
     temperature: float = 0.0  # of the policy's action ids when acting; 0: the likeliest
     processes: int = 1  # one thread each
     precision: str = "bf16"  # of weights in use, activations and gradients; masters, moments and average are float32 always
+    recompute_activations: bool = False  # in the backward pass, layer by layer, instead of keeping them: less memory, a third more work
     compile: bool = False  # needs a C++ compiler; about 15 s once, then faster steps
     init_from: str = ""  # a checkpoint folder whose weights to start from
     validation_fraction: float = 0.05  # of the shards
@@ -157,6 +158,8 @@ def train(config: TrainConfig) -> None:
     output.mkdir(parents=True, exist_ok=True)
     metrics = Metrics(output, step, leads=leads, extras=config.log_to, config=dataclasses.asdict(config))
     pace = Pace(processes.count(), measured_peak(DTYPES[config.precision], model.device))
+    if config.recompute_activations:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.compile:
         for layer in model.model.layers:  # layer by layer: one graph serves all, and compiles in seconds
             layer.compile(dynamic=True)
@@ -171,7 +174,7 @@ def train(config: TrainConfig) -> None:
         while step < config.steps:
             model.train()
             batch = stream.batch(step, processes.rank(), processes.count())
-            rate = learning_rate(step, config)
+            rate = config.optimizer.rate(step, config.steps)
             learned, norm, flops = _step(model, optimizer, batch, source, step, rate, config)
             step += 1
             skipped = 0 if config.optimizer.accepts(norm) else skipped + 1
@@ -204,14 +207,6 @@ def train(config: TrainConfig) -> None:
         chosen = saver.best() if config.export == "best" else saver.newest()
         state.restore(chosen, optimizer)
         _export(output / "policy", config, model, optimizer, source, chosen, commit)
-
-
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then a cosine down to `final_fraction` of the highest rate."""
-    optimizer = config.optimizer
-    warm = min(1.0, (step + 1) / max(1, optimizer.warmup_steps))
-    cosine = 0.5 * (1 + math.cos(math.pi * step / config.steps))
-    return optimizer.learning_rate * warm * (optimizer.final_fraction + (1 - optimizer.final_fraction) * cosine)
 
 
 def _step(

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+SCHEDULES = ("cosine", "linear", "constant")
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -22,7 +24,9 @@ class OptimizerConfig:
 
     learning_rate: float = 1.5e-3  # highest
     warmup_steps: int = 100
-    final_fraction: float = 0.02  # of the highest rate, at the end of the cosine
+    schedule: str = "cosine"  # cosine or linear, from the warm-up to the end; or constant, and linear over the last `cooldown` of the run
+    cooldown: float = 0.2  # of the run, with schedule=constant
+    final_fraction: float = 0.02  # of the highest rate, at the end
     beta1: float = 0.9
     beta2: float = 0.97
     weight_decay: float = 0.05  # of matrices; vectors and embeddings have none
@@ -35,11 +39,26 @@ class OptimizerConfig:
         for name in ("learning_rate", "gradient_clip", "skip_above"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}, expected above 0")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"optimizer.schedule is {self.schedule!r}, expected one of {', '.join(SCHEDULES)}")
+        if not 0 < self.cooldown <= 1:
+            raise ValueError(f"optimizer.cooldown is {self.cooldown}, expected above 0 and at most 1")
         for name in ("final_fraction", "beta1", "beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}, expected at least 0 and below 1")
         if min(self.warmup_steps, self.weight_decay, self.skip_most) < 0:
             raise ValueError("optimizer.warmup_steps, optimizer.weight_decay and optimizer.skip_most must not be negative")
+
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate of step `step` (from 0) of a run of `steps`: linear warm-up, then the schedule down to `final_fraction`."""
+        gone = step / steps
+        left = {
+            "cosine": 0.5 * (1 + math.cos(math.pi * gone)),
+            "linear": 1 - gone,
+            "constant": min(1.0, (1 - gone) / self.cooldown),
+        }[self.schedule]
+        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        return self.learning_rate * warm * (self.final_fraction + (1 - self.final_fraction) * left)
 
     def accepts(self, norm: float) -> bool:
         """Whether a gradient of this norm is a step."""

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from emu3_vla.training import loop, state
 from emu3_vla.training.figures import LossConfig
-from emu3_vla.training.loop import ModelSizes, TrainConfig, learning_rate
+from emu3_vla.training.loop import ModelSizes, TrainConfig
 from emu3_vla.training.optimizer import FlatAdamW, OptimizerConfig
 
 TIMINGS = ("chunks_per_s", "positions_per_s", "step_s", "of_peak", "memory_gb")
@@ -234,10 +234,38 @@ def test_missing_store_is_named(tmp_path):
         loop.main(TrainConfig(tokens=str(tmp_path / "nowhere"), output_dir=str(tmp_path), processes=2))
 
 
-def test_learning_rate_warms_up_and_falls():
-    config = TrainConfig(tokens="", steps=100, optimizer=OptimizerConfig(learning_rate=1.0, warmup_steps=10, final_fraction=0.1))
-    rates = [learning_rate(step, config) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1, rel=0.01)
-    assert max(rates) == pytest.approx(1, rel=0.03) and rates.index(max(rates)) in (9, 10)
-    assert rates[-1] == pytest.approx(0.1, rel=0.01)
-    assert dataclasses.replace(config, seed=1).seed == 1
+def test_recomputed_activations_change_nothing(tiny_store, tmp_path, monkeypatch):
+    make, calls = loop._new_model, []
+
+    def counted(*arguments):
+        model = make(*arguments)
+        model.model.layers[0].mlp.register_forward_hook(lambda module, *_: calls.append(module.training))
+        return model
+
+    monkeypatch.setattr(loop, "_new_model", counted)
+    for recompute in (False, True):
+        output = tmp_path / str(recompute)
+        calls.clear()
+        tiny_tokens.train(tiny_store.path, output, steps=3, precision="fp32", recompute_activations=recompute)
+        assert sum(calls) == 3 * (1 + recompute)
+    kept, recomputed = _weights(tmp_path / "False"), _weights(tmp_path / "True")
+    for name, tensor in kept.items():
+        torch.testing.assert_close(recomputed[name], tensor)
+
+
+def test_learning_rates_warm_up_and_fall():
+    def rates(**options):
+        config = OptimizerConfig(learning_rate=1.0, warmup_steps=10, final_fraction=0.1, **options)
+        return [config.rate(step, 100) for step in range(100)]
+
+    cosine, linear, constant = rates(), rates(schedule="linear"), rates(schedule="constant", cooldown=0.25)
+    for values in (cosine, linear, constant):
+        assert values[0] == pytest.approx(0.1, rel=0.01)
+        assert values[-1] == pytest.approx(0.1, abs=0.05)
+        assert values[10:] == sorted(values[10:], reverse=True)
+    assert max(cosine) == pytest.approx(1, rel=0.03) and cosine.index(max(cosine)) in (9, 10)
+    assert linear[50] == pytest.approx(0.55) and set(constant[9:75]) == {1.0} and constant[80] < 0.9
+    with pytest.raises(ValueError, match="optimizer.schedule is 'step', expected one of cosine"):
+        OptimizerConfig(schedule="step")
+    with pytest.raises(ValueError, match="cooldown is 0"):
+        OptimizerConfig(cooldown=0)
