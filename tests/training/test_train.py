@@ -239,7 +239,7 @@ def test_recomputed_activations_change_nothing(tiny_store, tmp_path, monkeypatch
 
     def counted(*arguments):
         model = make(*arguments)
-        model.model.layers[0].mlp.register_forward_hook(lambda module, *_: calls.append(module.training))
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda module, *_: calls.append(module.training))
         return model
 
     monkeypatch.setattr(loop, "_new_model", counted)
