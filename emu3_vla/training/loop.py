@@ -7,7 +7,8 @@ Every step: a batch that depends on (seed, step) alone → summed losses per kin
 one clipped AdamW step → the weights' moving average. A run that was killed and started again ends with the same losses and weights as
 one that was not. Runs in `processes` processes of one thread each, or in those that torchrun started.
 
-Leaves in output_dir: policy/ (the checkpoint folder, averaged weights), metrics.jsonl, state/ (to resume).
+Leaves in output_dir: policy/ (the checkpoint folder, averaged weights), metrics.jsonl, state/ (to resume), and adapter/ where adapters
+learnt.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from emu3_vla import checkpoint
+from emu3_vla import checkpoint, lora
 from emu3_vla.documents import Batch
+from emu3_vla.lora import LoraSettings
 from emu3_vla.model import BlockEmu3ForCausalLM, build_config
 from emu3_vla.training import figures as figures_of
 from emu3_vla.training import processes, state
@@ -91,6 +93,8 @@ class TrainConfig:
     recompute_activations: bool = False  # in the backward pass, layer by layer, instead of keeping them: less memory, a third more work
     compile: bool = False  # needs a C++ compiler; about 15 s once, then faster steps
     init_from: str = ""  # a checkpoint folder whose weights to start from
+    lora_rank: int = 0  # of adapters that learn in place of the weights of init_from; 0: all weights learn
+    lora_alpha: float = 32.0  # an adapter's output is scaled by lora_alpha / lora_rank
     validation_fraction: float = 0.05  # of the shards
     validation_documents: int = 256
     validate_every: int = 500
@@ -110,6 +114,10 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.precision not in DTYPES:
             raise ValueError(f"precision is {self.precision!r}, expected one of {', '.join(DTYPES)}")
+        if self.lora_rank and not self.init_from:
+            raise ValueError(f"lora_rank={self.lora_rank} adapts given weights: name a checkpoint folder in init_from")
+        if self.lora_rank:
+            self.lora  # noqa: B018 - refuses what cannot be
         for name in self.log_to:
             if name not in EXTRAS:
                 raise ValueError(f"log_to names {name!r}, expected some of {', '.join(EXTRAS)}")
@@ -121,6 +129,12 @@ class TrainConfig:
             raise ValueError(f"batch_size={self.batch_size} is no multiple of processes={self.processes}")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction is {self.validation_fraction}, expected between 0 and 1")
+
+
+    @property
+    def lora(self) -> LoraSettings:
+        """Of the adapters, where lora_rank asks for some."""
+        return LoraSettings(rank=self.lora_rank, alpha=self.lora_alpha)
 
 
 class TrainingDiverged(RuntimeError):
@@ -152,6 +166,8 @@ def train(config: TrainConfig) -> None:
     validation = held_out.fixed(config.validation_documents)[processes.rank() :: processes.count()]
 
     model = _new_model(config, source)
+    if config.lora_rank:
+        lora.attach(model, config.lora)
     optimizer = FlatAdamW(model, config.optimizer, DTYPES[config.precision])
     step = state.load(output / "state", optimizer)
     saver = state.Saver(output / "state", keep=config.keep_states) if leads else None
@@ -299,7 +315,7 @@ def _export(
     checkpoint.save(
         folder,
         config=model.config,
-        weights=optimizer.averaged_state(),
+        weights=_averaged_weights(folder.parent, config, optimizer, source),
         vocabulary=source.vocabulary,
         tokenizers=source.folder,
         policy=policy,
@@ -314,6 +330,26 @@ def _rounded(values: dict[str, float]) -> dict[str, float]:
 def _progress(console: Console, disable: bool) -> Progress:
     columns = (MofNCompleteColumn(), BarColumn(20), TextColumn("{task.fields[status]}"), TimeElapsedColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, disable=disable)
+
+
+def _averaged_weights(output: Path, config: TrainConfig, optimizer: FlatAdamW, source: Source) -> dict[str, torch.Tensor]:
+    """What the policy gets, float32. Adapters are merged into the weights that they adapt, and kept in adapter/ too."""
+    averaged = optimizer.averaged_state()
+    if not config.lora_rank:
+        return averaged
+    model = _new_model(config, source)  # the weights in use were rounded
+    adapted = lora.attach(model, config.lora)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in averaged:
+                parameter.copy_(averaged[name])
+    temporary = output / ".adapter.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    lora.save_adapter(adapted, temporary)
+    shutil.rmtree(output / "adapter", ignore_errors=True)
+    temporary.rename(output / "adapter")
+    lora.merge(adapted)
+    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
 
 def _git_commit() -> str:

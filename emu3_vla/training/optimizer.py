@@ -66,7 +66,8 @@ class OptimizerConfig:
 
 
 class FlatAdamW:
-    """Owns a model's weights. P parameters in all; every flat tensor is (P,) and orders them as `names` does.
+    """Owns a model's weights. P parameters in all; every flat tensor is (P,) and orders them as `names` does. Parameters that need no
+    gradient (beneath adapters) are left out, but computed with in the same dtype.
 
     master, average, gradient: float32. working, working_gradient: in the dtype that the model computes in.
     """
@@ -82,6 +83,9 @@ class FlatAdamW:
         self.gradient = torch.zeros_like(self.master)
         self.working = self.master.to(dtype, copy=True)
         self.working_gradient = torch.zeros_like(self.working)
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
         # The parameters alone: model.to(dtype) would round the rotary frequencies too.
         for parameter, weights, gradient in zip(
             self._parameters, self._views(self.working), self._views(self.working_gradient), strict=True
@@ -159,6 +163,6 @@ class FlatAdamW:
 def _split(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """Parameters that decay (matrices of linear layers) and the others, by name."""
     matrices = {f"{prefix}.weight" if prefix else "weight" for prefix, module in model.named_modules() if isinstance(module, nn.Linear)}
-    named = dict(model.named_parameters())
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     decayed = {name: parameter for name, parameter in named.items() if name in matrices}
     return decayed, {name: parameter for name, parameter in named.items() if name not in matrices}

@@ -16,6 +16,8 @@ import tiny_tokens
 import torch
 from safetensors.torch import load_file
 
+from emu3_vla import lora
+from emu3_vla.checkpoint import load
 from emu3_vla.training import loop, state
 from emu3_vla.training.figures import LossConfig
 from emu3_vla.training.loop import ModelSizes, TrainConfig
@@ -116,6 +118,24 @@ def test_init_from_starts_at_another_checkpoint(tiny_store, tiny_checkpoint, tmp
         torch.testing.assert_close(after[name], tensor)
 
 
+def test_adapters_learn_and_are_merged(tiny_store, tiny_checkpoint, tmp_path):
+    """The trunk's projections change by what the adapter says, and nothing else does."""
+    options = {"init_from": str(tiny_checkpoint), "lora_rank": 4, "lora_alpha": 8.0}
+    optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=1)
+    tiny_tokens.train(tiny_store.path, tmp_path, steps=8, optimizer=optimizer, **options)
+    before, after = load_file(tiny_checkpoint / "model" / "model.safetensors"), _weights(tmp_path)
+    assert before.keys() == after.keys()
+    changed = {name for name, tensor in before.items() if not torch.equal(after[name], tensor.float())}
+    projections = {name for name in before if name.startswith("model.layers") and "norm" not in name}
+    assert changed == projections
+    adapted = lora.load_adapter(load(tiny_checkpoint, dtype=torch.float32).model, tmp_path / "adapter")
+    merged = dict(lora.merge(adapted).named_parameters())
+    for name in projections:
+        torch.testing.assert_close(merged[name].detach(), after[name])
+    measured = [record["validation"]["loss_action"] for record in _records(tmp_path) if "validation" in record]
+    assert measured[-1] < measured[0]
+
+
 def test_diverging_stops_with_a_name_and_no_policy(tiny_store, tmp_path, monkeypatch):
     monkeypatch.setattr(FlatAdamW, "step", lambda self, step, rate: math.nan if step == 1 else 1.0)
     with pytest.raises(loop.TrainingDiverged, match=r"step 2: the gradient's norm is nan.*learning_rate"):
@@ -205,6 +225,8 @@ def test_state_of_another_model_is_refused(tiny_store, tmp_path):
     [
         ({"steps": 0}, "steps is 0"),
         ({"log_to": ("tensorbord",)}, "log_to names 'tensorbord', expected some of tensorboard, wandb"),
+        ({"lora_rank": 4}, "lora_rank=4 adapts given weights"),
+        ({"lora_rank": -1, "init_from": "x"}, "rank -1"),
         ({"export": "first"}, "export is 'first', expected one of last, best"),
         ({"precision": "fp8"}, "precision is 'fp8', expected one of bf16, fp32"),
         ({"history": 3}, "history is 3, expected -1 to 2 with chunks=3"),
