@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from emu3_vla.documents import IGNORE, Batch
@@ -64,11 +66,15 @@ class Figures:
         return means
 
 
-def choose_blocks(batch: Batch, fraction: float, generator: torch.Generator) -> torch.Tensor:
-    """Which blocks of a batch to predict: int64, ascending; at least one where there are any and the fraction is not 0."""
-    total = len(batch.codes_NC)
-    count = min(total, max(1, round(fraction * total))) if fraction else 0
-    return torch.randperm(total, generator=generator)[:count].sort().values.to(batch.codes_NC.device)
+def choose_blocks(batch: Batch, fraction: float, seeds: Sequence[tuple[int, ...]]) -> torch.Tensor:
+    """Which blocks of a batch to predict, each with probability `fraction`: int64, ascending.
+
+    seeds: one a document, so that a document's choice depends neither on its neighbours nor on the process that it is in.
+    """
+    row_of_block = batch.block_at_N.cpu().numpy() // batch.ids_BL.shape[1]
+    counts = np.bincount(row_of_block, minlength=len(batch.ids_BL))
+    draws = [np.random.default_rng(seed).random(count) for seed, count in zip(seeds, counts, strict=True)]
+    return torch.from_numpy(np.flatnonzero(np.concatenate(draws) < fraction)).to(batch.codes_NC.device)
 
 
 def count_tokens(batch: Batch, chosen: torch.Tensor, vocabulary: CompactVocabulary) -> torch.Tensor:

@@ -235,9 +235,9 @@ def _step(
     config: TrainConfig,
 ) -> tuple[Figures, float, float]:
     """One optimiser step. Returns this process's figures, the gradient's norm (see OptimizerConfig.accepts), and the operations it took."""
-    draws = torch.Generator().manual_seed(_seed(config.seed, step, processes.rank()))
-    torch.manual_seed(_seed(config.seed, step, processes.rank()))  # dropout
-    chosen = figures_of.choose_blocks(batch, config.loss.vision_loss_fraction, draws)
+    torch.manual_seed((config.seed * 1_000_003 + step) * 4_099 + processes.rank())  # dropout
+    documents = range(processes.rank(), config.batch_size, processes.count())
+    chosen = figures_of.choose_blocks(batch, config.loss.vision_loss_fraction, [(config.seed, step, number) for number in documents])
     # Counted before the loss, so that each process weighs its sums as if it saw the whole batch.
     tokens = processes.summed(figures_of.count_tokens(batch, chosen, source.vocabulary))
     optimizer.zero_gradient()
@@ -254,10 +254,6 @@ def _check_skipped(skipped: int, step: int, norm: float, learned: Figures, confi
             + (f", and neither in the {skipped - 1} steps before" if skipped > 1 else "")
             + f". Lower optimizer.learning_rate={config.optimizer.learning_rate} or use precision=fp32, with a new output_dir"
         )
-
-
-def _seed(seed: int, step: int, rank: int) -> int:
-    return (seed * 1_000_003 + step) * 4_099 + rank
 
 
 def _new_model(config: TrainConfig, source: Source) -> BlockEmu3ForCausalLM:

@@ -86,12 +86,11 @@ def test_two_processes_learn_what_one_does(tiny_store, tmp_path):
     outputs = [tmp_path / "one", tmp_path / "two"]
     for processes, output in enumerate(outputs, start=1):
         output.mkdir()
-        # All blocks: which are drawn depends on the process.
-        loss = LossConfig(vision_loss_fraction=1.0)
-        tiny_tokens.train(tiny_store.path, output, steps=4, precision="fp32", processes=processes, loss=loss)
+        loss = LossConfig(vision_loss_fraction=0.3)
+        tiny_tokens.train(tiny_store.path, output, steps=20, precision="fp32", processes=processes, loss=loss)
     for one, two in zip(*(_records(output) for output in outputs), strict=True):
         for key, value in one.get("validation", one).items():
-            assert two.get("validation", two)[key] == pytest.approx(value, rel=2e-3, abs=1e-5), key
+            assert two.get("validation", two)[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
 
 
 def test_learns_what_the_pictures_say(tiny_store, tmp_path):
