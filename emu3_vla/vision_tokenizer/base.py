@@ -194,6 +194,10 @@ class VisionTokenizer(nn.Module):
         """Kernels of the residual blocks of the 2-D network, which Muon may have."""
         raise NotImplementedError
 
+    def decoder_parameters(self) -> list[nn.Parameter]:
+        """All that stands behind the codes: what may change without any picture getting other codes."""
+        raise NotImplementedError
+
     def last_layer(self) -> nn.Parameter:
         """The kernel that makes pixels; the weight of an adversarial loss is balanced there."""
         raise NotImplementedError

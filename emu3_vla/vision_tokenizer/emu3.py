@@ -214,6 +214,9 @@ class Emu3Tokenizer(VisionTokenizer):
         blocks = [module for module in self.modules() if isinstance(module, Emu3VQVAEResnetBlock)]
         return [layer.weight for block in blocks for layer in (block.conv1, block.conv2)]
 
+    def decoder_parameters(self) -> list[nn.Parameter]:
+        return [*self.vqvae.decoder.parameters(), *self.vqvae.post_quant_conv.parameters()]
+
     def last_layer(self) -> nn.Parameter:
         return self.vqvae.decoder.conv_out.weight
 

@@ -190,6 +190,10 @@ class LightTokenizer(VisionTokenizer):
     def residual_kernels(self) -> list[nn.Parameter]:
         return [layer.weight for block in self.modules() if isinstance(block, ResidualBlock) for layer in block.children()]
 
+    def decoder_parameters(self) -> list[nn.Parameter]:
+        parts = [self.decoder] + ([self.temporal_decoder] if self.temporal_decoder is not None else [])
+        return [parameter for part in parts for parameter in part.parameters()]
+
     def last_layer(self) -> nn.Parameter:
         return self.decoder[-2].weight
 

@@ -2,6 +2,7 @@
 
     emu3-vla train-tokenizer episodes=outputs/collect/first output_dir=outputs/tokenizer
     emu3-vla train-tokenizer preset=debug episodes=... output_dir=...
+    emu3-vla train-tokenizer start_from=policies/checkpoints/calvin-d/vision_tokenizer only_decoder=true episodes=... output_dir=...
     emu3-vla train-tokenizer kind=emu3 start_from=Emu3-VisionTokenizer 'episodes=[outputs/a,outputs/b]' output_dir=...
 
 Every step takes images, and clips where asked, of each camera through one network. The first `quantise_from` steps are a plain
@@ -52,6 +53,7 @@ class TrainTokenizerConfig:
     output_dir: str = ""
     kind: str = "light"  # light | emu3
     start_from: str = ""  # folder of a tokenizer of that kind: its weights and shape; empty: random, of the shape in `model` or `emu3`
+    only_decoder: bool = False  # with start_from: every picture keeps its codes, so a policy that was trained on them goes on working
     seed: int = 0
     steps: int = 6000
     batch_size: int = 8  # frames of each camera a step
@@ -97,6 +99,8 @@ class TrainTokenizerConfig:
             raise ValueError("episodes names no episode store")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction is {self.validation_fraction}, expected between 0 and 1")
+        if self.only_decoder and not self.start_from:
+            raise ValueError("only_decoder=true keeps the codes of a tokenizer that is there: name its folder in start_from")
         if not 0 <= self.quantise_from < self.steps:
             raise ValueError(f"quantise_from={self.quantise_from} must be below steps={self.steps}, or nothing is quantised")
         if not 0 <= self.clip_share <= 1 or self.clips * self.clip_length > self.batch_size:
@@ -152,6 +156,7 @@ class Learner:
     adversary: Discriminator | None
     adversary_optimizer: torch.optim.Optimizer | None
     quantise_from: int
+    only_decoder: bool
 
     def state(self) -> TrainingState:
         modules = {"model": self.tokenizer} | ({"discriminator": self.adversary} if self.adversary else {})
@@ -213,6 +218,10 @@ def schedule(step: int, config: TrainTokenizerConfig) -> float:
 def build_learner(config: TrainTokenizerConfig) -> Learner:
     """Raises FileNotFoundError and ValueError for start_from or perceptual weights that cannot be used."""
     tokenizer = build_tokenizer(config).to(config.device)
+    if config.only_decoder:
+        tokenizer.requires_grad_(False)
+        for parameter in tokenizer.decoder_parameters():
+            parameter.requires_grad_(True)
     perceptual = build_perceptual(config.loss.perceptual_weights)
     adversary = optimizer = None
     if config.loss.adversarial:
@@ -226,6 +235,7 @@ def build_learner(config: TrainTokenizerConfig) -> Learner:
         adversary=adversary,
         adversary_optimizer=optimizer,
         quantise_from=0 if config.start_from else config.quantise_from,
+        only_decoder=config.only_decoder,
     )
 
 
@@ -248,9 +258,9 @@ def build_tokenizer(config: TrainTokenizerConfig) -> VisionTokenizer:
 
 def build_optimizers(tokenizer: VisionTokenizer, config: TrainTokenizerConfig) -> list[torch.optim.Optimizer]:
     """Muon for the residual blocks' kernels, Adam for what is left: first and last layers, changes of resolution, biases."""
-    kernels = tokenizer.residual_kernels() if config.muon_learning_rate else []
+    kernels = [kernel for kernel in tokenizer.residual_kernels() if kernel.requires_grad] if config.muon_learning_rate else []
     inside = {id(kernel) for kernel in kernels}
-    rest = [parameter for parameter in tokenizer.parameters() if id(parameter) not in inside]
+    rest = [parameter for parameter in tokenizer.parameters() if parameter.requires_grad and id(parameter) not in inside]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.Adam(rest, lr=config.learning_rate, betas=config.adam_betas)]
     if kernels:
         optimizers.append(Muon(kernels, lr=config.muon_learning_rate))
@@ -298,7 +308,7 @@ def _step(
 
     figures = {"loss": loss, "gradient_norm": norm} | figures
     figures = {name: round(value.item(), 5) for name, value in figures.items()}
-    if quantising:
+    if quantising and not learner.only_decoder:
         codebook.update(rows_ND, quantised.indices, config.codebook_decay)
         used = codebook.counts >= config.revive_threshold * codebook.counts.mean()
         figures |= {"perplexity": round(perplexity(codebook.counts), 3), "codes_used": round(used.float().mean().item(), 4)}

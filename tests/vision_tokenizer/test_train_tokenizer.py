@@ -209,6 +209,25 @@ def test_training_goes_on_from_given_weights(episodes, everything, unbroken, tmp
         training.build_tokenizer(config_for(episodes, tmp_path, **options | dict(start_from=str(unbroken / "vision_tokenizer"))))
 
 
+@pytest.mark.parametrize("made_by", ["unbroken", "everything"])
+def test_a_decoder_learns_alone(episodes, tmp_path, request, made_by):
+    """Its reconstructions change; the code of every picture stays."""
+    start = request.getfixturevalue(made_by) / "vision_tokenizer"
+    before = VisionTokenizer.from_pretrained(start)
+    options = {"kind": before.kind, "start_from": str(start), "steps": 12, "learning_rate": 1e-3}
+    run(config_for(episodes, tmp_path, only_decoder=True, **options))
+    after = VisionTokenizer.from_pretrained(tmp_path / "vision_tokenizer")
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    codes = before.encode(pixels)
+    assert torch.equal(after.encode(pixels), codes)
+    assert not torch.allclose(after.decode(codes), before.decode(codes), atol=1e-4)
+    decoder = {id(parameter) for parameter in before.decoder_parameters()}
+    for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
+        assert id(old) in decoder or torch.equal(old, new), name
+    with pytest.raises(ValueError, match="only_decoder=true keeps the codes of a tokenizer that is there"):
+        config_for(episodes, tmp_path, only_decoder=True)
+
+
 def test_video_tokenizers_learn_from_clips(episodes, tmp_path):
     model = dataclasses.replace(SMALL, frames_per_code=4, temporal_channels=8)
     run(config_for(episodes, tmp_path, model=model, clip_share=0.5, batch_size=8, steps=40, validate_every=10))
