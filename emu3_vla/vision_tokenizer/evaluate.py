@@ -30,8 +30,9 @@ from emu3_vla.vision_tokenizer.base import VisionTokenizer
 from emu3_vla.vision_tokenizer.frames import Frames, Source, load_frames
 from emu3_vla.vision_tokenizer.lpips import Lpips
 from emu3_vla.vision_tokenizer.measure import Reconstruction, all_rows, evenly, figures, picture_rows, reconstruct
-from emu3_vla.vision_tokenizer.probe import ProbeConfig, ProbeData, keypoint_probe, linear_probe, scene_states
+from emu3_vla.vision_tokenizer.probe import ProbeConfig, ProbeData, keypoint_probe, lamps_in_sight, linear_probe, scene_states
 from emu3_vla.vision_tokenizer.video_distance import ClipFeatures, LatentFeatures, TorchScriptFeatures, frechet_distance
+from envs.spec import RGB_STATIC
 
 PICTURES = 8
 # SSIM and LPIPS of so many frames: their means move by less than their last printed digit beyond.
@@ -217,6 +218,7 @@ def _probe(
     if config.probes.steps:
         found["keypoint"] = asdict(keypoint_probe(tokenizer, train, test, config.probes, config.seed))
     counts = {"training_frames": len(train), "test_frames": len(test), "in_sight": round(test.in_sight.float().mean().item(), 4)}
+    counts |= {"lamps_in_sight": [round(share, 4) for share in test.lamps_in_sight.float().mean(0).tolist()]}
     return {name: figures_here | counts for name, figures_here in found.items()}
 
 
@@ -227,7 +229,14 @@ def _probe_data(tokenizer: VisionTokenizer, stores: Sequence[EpisodeStore], shar
         frames = load_frames(sources, camera, size, limit)
         parts = torch.arange(len(frames)).split(TIMED_BATCH)
         codes[camera] = torch.cat([tokenizer.encode(frames.pixels(rows).to(tokenizer.device)).cpu() for rows in parts])
-    return ProbeData(codes=codes, **scene_states(stores, shards, frames))
+        if camera == RGB_STATIC:
+            static = frames
+    states = scene_states(stores, shards, static)
+    lamps = torch.ones_like(states["lights"])
+    for scene in static.store.unique():
+        own = static.store == scene
+        lamps[own] = lamps_in_sight(static.images[own], states["lights"][own])
+    return ProbeData(codes=codes, lamps_in_sight=lamps, **states)
 
 
 def _line(found: dict[str, Any]) -> str:

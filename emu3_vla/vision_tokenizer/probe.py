@@ -7,7 +7,8 @@ map for each block, the mean position under it (a soft arg max) and, linear in t
 place in the world. Heat maps can settle on the wrong thing: several compete for each block, the worse half is drawn anew from time to time,
 and the one that explains the training frames best counts.
 
-A block behind the door, in the drawer or behind the arm is in no code; figures are given over all frames and over those that show it.
+A block behind the door, in the drawer or behind the arm is in no code, and neither is a lamp behind the arm; figures are given over all
+frames and over those that show it.
 
 Axes: N frames, h w rows and columns of codes, D code dimensions, K heat maps, C features.
 """
@@ -24,7 +25,7 @@ from torch import nn
 
 from emu3_vla.data.episodes import EpisodeStore
 from emu3_vla.vision_tokenizer.base import VisionTokenizer
-from emu3_vla.vision_tokenizer.frames import Frames, read_rows
+from emu3_vla.vision_tokenizer.frames import MEDIAN_FRAMES, Frames, read_rows
 from envs.spec import RGB_STATIC, SCENE_OBS
 
 COLOURS = ("red", "blue", "pink")
@@ -33,6 +34,8 @@ BLOCK_ORDER = {"A": ("pink", "blue", "red"), "B": ("red", "blue", "pink"), "C": 
 LIGHTS, LIGHT_COLUMNS, FIRST_BLOCK, BLOCK_COLUMNS = ("bulb", "led"), slice(4, 6), 6, 6
 # A block is in sight if this many pixels of the static image (200×200) have its colour: a tenth of what an unhidden one covers.
 PIXELS_IN_SIGHT = 20
+# A lamp is in sight if this share of its pixels looks as it does in the median image of its state, to this many of 255.
+LAMP_SHARE, LAMP_TOLERANCE = 0.5, 40
 RIDGE = 1e-3  # of the mean square of a feature
 # So often in a run, and until this share of it, the worse half of each block's heat maps is drawn anew.
 ROUNDS, RESTARTS_UNTIL = 10, 0.55
@@ -59,12 +62,13 @@ class ProbeConfig:
 @dataclass(frozen=True, kw_only=True)
 class ProbeData:
     """codes: camera → int64 (N, h, w); positions_mm float32 (N, 3, 3) of the red, blue and pink block in the world; lights bool (N, 2):
-    bulb, LED; in_sight bool (N, 3)."""
+    bulb, LED; in_sight bool (N, 3): the blocks; lamps_in_sight bool (N, 2)."""
 
     codes: dict[str, torch.Tensor]
     positions_mm: torch.Tensor
     lights: torch.Tensor
     in_sight: torch.Tensor
+    lamps_in_sight: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.lights)
@@ -80,6 +84,7 @@ class Localisation:
     in_sight_ninety_percent_mm: float
     in_sight_median_mm_of: dict[str, float]  # by colour
     light_accuracy: dict[str, float]
+    in_sight_light_accuracy: dict[str, float]
 
 
 def scene_states(stores: Sequence[EpisodeStore], shards: Sequence[Sequence[int]], frames: Frames) -> dict[str, torch.Tensor]:
@@ -130,6 +135,29 @@ def blocks_in_sight(images: np.ndarray) -> np.ndarray:
     return np.stack([mask.sum((1, 2)) >= PIXELS_IN_SIGHT for mask in masks], axis=1)
 
 
+def lamps_in_sight(images: torch.Tensor, lights: torch.Tensor) -> torch.Tensor:
+    """Whether the bulb and the LED show: uint8 (N, 3, H, W) of one scene's static camera, bool (N, 2) -> bool (N, 2).
+
+    A lamp's pixels are those at which the median images of its two states differ most. A lamp that never changes here has none, and is
+    taken for seen.
+    """
+    seen = torch.ones_like(lights)
+    for lamp, on in enumerate(lights.T):
+        if on.all() or not on.any():
+            continue
+        median = {state: _thin(images[on == state]).median(dim=0).values.int() for state in (False, True)}
+        difference = (median[True] - median[False]).abs().sum(0)
+        pixels = difference > difference.max() / 2
+        expected = torch.stack([median[False][:, pixels], median[True][:, pixels]])[on.int()]
+        alike = (images[:, :, pixels].int() - expected).abs().amax(1) <= LAMP_TOLERANCE
+        seen[:, lamp] = alike.float().mean(1) >= LAMP_SHARE
+    return seen
+
+
+def _thin(images: torch.Tensor) -> torch.Tensor:
+    return images[:: max(1, len(images) // MEDIAN_FRAMES)]
+
+
 def linear_probe(tokenizer: VisionTokenizer, train: ProbeData, test: ProbeData) -> Localisation:
     """Ridge regression from all code vectors; lights by its sign."""
     features, unseen = _vectors(tokenizer, train), _vectors(tokenizer, test)
@@ -164,7 +192,7 @@ def localisation(places_mm: torch.Tensor, lights: torch.Tensor, test: ProbeData)
     """Figures of places (N, 3, 3) and lights bool (N, 2) against the truth."""
     distance = (places_mm - test.positions_mm).norm(dim=2)
     seen = distance[test.in_sight] if test.in_sight.any() else distance.new_full((1,), torch.nan)
-    right = (lights == test.lights).float().mean(0).tolist()
+    right = lights == test.lights
     return Localisation(
         median_mm=round(distance.quantile(0.5).item(), 2),
         ninety_percent_mm=round(distance.quantile(0.9).item(), 2),
@@ -173,8 +201,15 @@ def localisation(places_mm: torch.Tensor, lights: torch.Tensor, test: ProbeData)
         in_sight_median_mm_of={
             colour: round(distance[:, block][test.in_sight[:, block]].nanmedian().item(), 2) for block, colour in enumerate(COLOURS)
         },
-        light_accuracy={name: round(value, 4) for name, value in zip(LIGHTS, right, strict=True)},
+        light_accuracy=_shares(right, torch.ones_like(right)),
+        in_sight_light_accuracy=_shares(right, test.lamps_in_sight),
     )
+
+
+def _shares(right: torch.Tensor, counted: torch.Tensor) -> dict[str, float]:
+    """Of the frames that count, the share that is right, for each lamp; NaN where none counts."""
+    shares = (right & counted).sum(0) / counted.sum(0)
+    return {name: round(value, 4) for name, value in zip(LIGHTS, shares.tolist(), strict=True)}
 
 
 def _vectors(tokenizer: VisionTokenizer, data: ProbeData) -> torch.Tensor:

@@ -11,7 +11,15 @@ from emu3_vla.data.episodes import EpisodeStore
 from emu3_vla.vision_tokenizer.evaluate import EvalTokenizerConfig, main
 from emu3_vla.vision_tokenizer.light import LightConfig, LightTokenizer
 from emu3_vla.vision_tokenizer.lpips import Lpips
-from emu3_vla.vision_tokenizer.probe import ProbeConfig, ProbeData, blocks_in_sight, keypoint_probe, linear_probe, localisation
+from emu3_vla.vision_tokenizer.probe import (
+    ProbeConfig,
+    ProbeData,
+    blocks_in_sight,
+    keypoint_probe,
+    lamps_in_sight,
+    linear_probe,
+    localisation,
+)
 from emu3_vla.vision_tokenizer.video_distance import LatentFeatures, TorchScriptFeatures, frechet_distance
 from envs.spec import Episode
 
@@ -102,6 +110,19 @@ def test_blocks_in_sight_are_counted_by_colour(folder):
     assert blocks_in_sight(images)[0].tolist() == [False, True, False]
 
 
+def test_lamps_behind_the_arm_are_out_of_sight():
+    """A lamp of four pixels that is red or grey, behind a white arm in some frames; the other never changes."""
+    lights = torch.tensor([[True, True], [False, True]]).repeat(10, 1)
+    images = torch.full((20, 3, 8, 8), 90, dtype=torch.uint8)
+    images[:, :, 2:4, 2:4] = torch.where(lights[:, 0, None], torch.tensor([220, 30, 30]), torch.tensor([120, 120, 120])).to(torch.uint8)[
+        :, :, None, None
+    ]
+    images[4, :, 2:4, 2:4] = images[7, :, 2:4, 2] = images[7, :, 2:4, 3] = 250
+    images[9, :, 2, 2] = 250  # three of four pixels show
+    seen = lamps_in_sight(images, lights)
+    assert (~seen[:, 0]).nonzero().flatten().tolist() == [4, 7] and seen[:, 1].all()
+
+
 def places(count: int, seed: int) -> ProbeData:
     """Codes 1, 2, 3 at a cell of a 12×12 grid each, which is where that block is, among random others; elsewhere a code for each light."""
     random = np.random.default_rng(seed)
@@ -118,6 +139,7 @@ def places(count: int, seed: int) -> ProbeData:
         positions_mm=torch.from_numpy(positions).float(),
         lights=torch.from_numpy(lights),
         in_sight=torch.ones(count, 3, dtype=torch.bool),
+        lamps_in_sight=torch.ones(count, 2, dtype=torch.bool),
     )
 
 
@@ -142,12 +164,13 @@ def test_localisation_of_known_errors():
         positions_mm=torch.zeros(2, 3, 3),
         lights=torch.tensor([[True, False], [True, True]]),
         in_sight=torch.tensor([[True, True, True], [False, False, False]]),
+        lamps_in_sight=torch.tensor([[True, False], [True, True]]),
     )
     guesses = torch.zeros(2, 3, 3)
     guesses[0, :, 0], guesses[1, :, 1] = torch.tensor([3.0, 4.0, 5.0]), 100.0
     found = localisation(guesses, torch.tensor([[True, True], [True, True]]), truth)
     assert found.in_sight_median_mm == 4 and found.median_mm == 52.5
-    assert found.light_accuracy == {"bulb": 1.0, "led": 0.5}
+    assert found.light_accuracy == {"bulb": 1.0, "led": 0.5} and found.in_sight_light_accuracy == {"bulb": 1.0, "led": 1.0}
 
 
 def test_frechet_distance_of_known_distributions():
