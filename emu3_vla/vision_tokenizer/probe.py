@@ -36,6 +36,7 @@ LIGHTS, LIGHT_COLUMNS, FIRST_BLOCK, BLOCK_COLUMNS = ("bulb", "led"), slice(4, 6)
 PIXELS_IN_SIGHT = 20
 # A lamp is in sight if this share of its pixels looks as it does in the median image of its state, to this many of 255.
 LAMP_SHARE, LAMP_TOLERANCE = 0.5, 40
+LAMP_TELLS = 0.75  # share of frames in which a pixel must be nearer to its lamp's state than to the other, to be one of the lamp's
 RIDGE = 1e-3  # of the mean square of a feature
 # So often in a run, and until this share of it, the worse half of each block's heat maps is drawn anew.
 ROUNDS, RESTARTS_UNTIL = 10, 0.55
@@ -138,20 +139,28 @@ def blocks_in_sight(images: np.ndarray) -> np.ndarray:
 def lamps_in_sight(images: torch.Tensor, lights: torch.Tensor) -> torch.Tensor:
     """Whether the bulb and the LED show: uint8 (N, 3, H, W) of one scene's static camera, bool (N, 2) -> bool (N, 2).
 
-    A lamp's pixels are those at which the median images of its two states differ most. A lamp that never changes here has none, and is
-    taken for seen.
+    A lamp's pixels are those that tell its two states apart in most frames: other things move, but not with the lamp. A lamp that has
+    none, because it never changes here or is too small, is taken for seen.
     """
     seen = torch.ones_like(lights)
     for lamp, on in enumerate(lights.T):
         if on.all() or not on.any():
             continue
         median = {state: _thin(images[on == state]).median(dim=0).values.int() for state in (False, True)}
-        difference = (median[True] - median[False]).abs().sum(0)
-        pixels = difference > difference.max() / 2
+        tells = [_nearer(_thin(images[on == state]), median[state], median[not state]) for state in median]
+        pixels = torch.stack(tells).mean(0) > LAMP_TELLS
+        pixels &= (median[True] - median[False]).abs().amax(0) > LAMP_TOLERANCE
+        if not pixels.any():
+            continue
         expected = torch.stack([median[False][:, pixels], median[True][:, pixels]])[on.int()]
         alike = (images[:, :, pixels].int() - expected).abs().amax(1) <= LAMP_TOLERANCE
         seen[:, lamp] = alike.float().mean(1) >= LAMP_SHARE
     return seen
+
+
+def _nearer(images: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Share of the images (N, 3, H, W) in which a pixel is nearer to that of `one` (3, H, W) than to that of `other`: (H, W)."""
+    return ((images.int() - one).abs().sum(1) < (images.int() - other).abs().sum(1)).float().mean(0)
 
 
 def _thin(images: torch.Tensor) -> torch.Tensor:
