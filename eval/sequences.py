@@ -228,8 +228,13 @@ def is_possible(condition: Condition, tasks: Sequence[str]) -> bool:
     """Whether the tasks can be done one after another, each in some way, starting from `condition`."""
     states = [condition]
     for task in tasks:
-        states = [state | effect for state in states for needs, effect in _RULES[task] if _holds(state, needs)]
+        states = states_after(states, task)
     return bool(states)
+
+
+def states_after(states: Sequence[Condition], task: str) -> list[Condition]:
+    """Where `task` leads from any of these states, in each way in which it can be done; empty where it is not possible."""
+    return [state | effect for state in states for needs, effect in _RULES[task] if _holds(state, needs)]
 
 
 def kind_of(task: str) -> str:

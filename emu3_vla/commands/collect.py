@@ -4,13 +4,16 @@
     emu3-vla collect output_dir=outputs/relieved shards=64 seed=1 driver=outputs/train/policy      # the policy drives first (DAgger)
 
 Episodes come in chains like the benchmark's: a random symbolic state, five tasks that are possible one after another, the arm left where
-the last task ended. So the starts that a policy will meet are the starts that it is shown. Every shard depends on (seed, its number) alone.
+the last task ended. So the starts that a policy will meet are the starts that it is shown. In such chains some tasks are twelve times as
+frequent as others; with `balanced=true` each next task is drawn from those that are possible, the rarest so far above all.
+Every shard depends on (seed, its number) alone.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -21,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import policies
 from envs.calvin.expert.demonstrate import DemonstrationConfig
 from eval.environment import OWN_SIMULATOR, EnvConfig
+from eval.sequences import CHAIN_LENGTH
 
 MIN_BLOCK_DISTANCE_M = 0.10
 
@@ -34,7 +38,11 @@ class CollectConfig:
     shards: int = 64
     """Shards to write."""
     chains_per_shard: int = 16
-    """Chains of five tasks in one shard."""
+    """Chains in one shard."""
+    chain_length: int = 5
+    """Tasks of a chain."""
+    balanced: bool = False
+    """Draw the tasks so that all become about equally frequent, in place of the benchmark's chains."""
     random_pose_probability: float = 0.5
     """Share of chains whose table blocks lie anywhere on the table; the others lie near the benchmark's spots."""
     arm_noise_rad: float = 0.05
@@ -53,9 +61,13 @@ class CollectConfig:
     def __post_init__(self):
         if self.driver:
             policies.checkpoint_folder(self.driver)
-        for name in ("shards", "chains_per_shard", "workers"):
+        for name in ("shards", "chains_per_shard", "chain_length", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.chain_length != CHAIN_LENGTH and not self.balanced:
+            raise ValueError(
+                f"chain_length={self.chain_length}: the benchmark's chains have {CHAIN_LENGTH} tasks; others need balanced=true"
+            )
         if self.env.simulator != OWN_SIMULATOR:
             raise ValueError(
                 f"env.simulator={self.env.simulator}: its resets keep traces of earlier chains, so a shard would not depend on its seed "
@@ -117,9 +129,9 @@ def _collect_shard(job: tuple[CollectConfig, int]) -> tuple[int, int]:
     rng = np.random.default_rng([config.seed, index])
     env = config.env.make()
     expert, driver = ExpertPolicy(config.env.scene), _driver(config.driver)
-    episodes, failed, played = [], 0, 0
+    episodes, failed, played, counts = [], 0, 0, Counter()
     while played < config.chains_per_shard or not episodes:  # a shard holds at least one episode, however rare its tasks are
-        kept, finished = _play_chain(env, expert, driver, rng, config)
+        kept, finished = _play_chain(env, expert, driver, rng, config, counts)
         episodes += kept
         failed += not finished
         played += 1
@@ -134,12 +146,12 @@ def _driver(name: str):
     return policies.load(name) if name else None
 
 
-def _play_chain(env, expert, driver, rng: np.random.Generator, config: CollectConfig) -> tuple[list, bool]:
+def _play_chain(env, expert, driver, rng: np.random.Generator, config: CollectConfig, counts: Counter) -> tuple[list, bool]:
     """Episodes of one chain, up to the first task that the expert fails; and whether it failed none."""
     from envs.calvin.expert.demonstrate import demonstrate
     from envs.calvin.language import training_wordings
 
-    condition, chain = _draw_chain(rng)
+    condition, chain = _draw_balanced_chain(rng, config.chain_length, counts) if config.balanced else _draw_chain(rng)
     robot_obs, scene_obs = _initial_state(condition, env.scene, rng, config)
     env.reset(options={"robot_obs": robot_obs, "scene_obs": scene_obs})
     expert.begin_chain()
@@ -165,6 +177,28 @@ def _draw_chain(rng: np.random.Generator) -> tuple[dict, tuple[str, ...]]:
         tasks = tuple(TASKS[i] for i in rng.permutation(len(TASKS))[:5])
         if is_valid_chain(condition, tasks):
             return condition, tasks
+
+
+def _draw_balanced_chain(rng: np.random.Generator, length: int, counts: Counter) -> tuple[dict, tuple[str, ...]]:
+    """A random initial condition and tasks that are possible one after another from it, preferring those that `counts` has few of.
+
+    Adds the tasks to `counts`.
+    """
+    from envs.calvin.tasks import TASKS
+    from eval.sequences import initial_conditions, states_after
+
+    conditions = list(initial_conditions())
+    condition = conditions[rng.integers(len(conditions))]
+    states, tasks = [condition], []
+    for _ in range(length):
+        following = {task: after for task in TASKS if (after := states_after(states, task))}
+        names = list(following)
+        weights = np.array([1.0 / (1 + counts[name]) ** 2 for name in names])
+        task = names[rng.choice(len(names), p=weights / weights.sum())]
+        states = following[task]
+        tasks.append(task)
+        counts[task] += 1
+    return condition, tuple(tasks)
 
 
 def _initial_state(condition: dict, scene, rng: np.random.Generator, config: CollectConfig) -> tuple[np.ndarray, np.ndarray]:

@@ -4,14 +4,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from emu3_vla import cli
+from emu3_vla.commands import collect
 from emu3_vla.commands.collect import CollectConfig
 from emu3_vla.data.episodes import EpisodeStore
+from envs.calvin.tasks import TASKS
 from eval.environment import EnvConfig
+from eval.sequences import is_possible
 
 OPTIONS = ("preset=debug", "shards=3", "workers=1", "demonstration.frame_stride=20")
 
@@ -64,6 +68,26 @@ def test_other_scenes_are_collected(scene, tmp_path):
     store = EpisodeStore.open(tmp_path)
     assert (store.metadata["scene"], store.metadata["assets"], store.metadata["calvin_env_version"]) == (scene, "own", "1431a46")
     assert store.totals().episodes >= 1
+
+
+def test_balanced_chains_are_possible_and_even():
+    random, counts = np.random.default_rng(0), Counter()
+    for _ in range(60):
+        condition, tasks = collect._draw_balanced_chain(random, 8, counts)
+        assert len(tasks) == 8 and is_possible(condition, tasks)
+    assert set(counts) == set(TASKS) and sum(counts.values()) == 480
+    even = 480 / len(TASKS)
+    rare = ("lift_red_block_drawer", "lift_blue_block_drawer", "lift_pink_block_drawer", "push_into_drawer", "unstack_block")
+    assert max(counts.values()) < 2.5 * even  # what is held must be put somewhere
+    assert all(counts[task] > even / 2 for task in TASKS if task not in rare) and all(counts[task] >= 3 for task in rare), counts
+    with pytest.raises(ValueError, match="chain_length=8: the benchmark's chains have 5 tasks"):
+        CollectConfig(chain_length=8)
+
+
+def test_a_balanced_store(tmp_path):
+    options = ("preset=debug", "shards=1", "workers=1", "demonstration.frame_stride=20", "balanced=true", "chain_length=3")
+    assert cli.main(["collect", *options, f"output_dir={tmp_path}"]) == 0
+    assert 1 <= EpisodeStore.open(tmp_path).totals().episodes <= 3
 
 
 def test_a_policy_may_drive_first(tmp_path):
