@@ -235,7 +235,8 @@ def _written(folder: Path, policy: PolicySettings | None, provenance: dict[str, 
     files = {str(path.relative_to(temporary)): _sha256(path) for path in sorted(temporary.rglob("*")) if path.is_file()}
     if policy is not None:
         (temporary / POLICY).write_text(yaml.safe_dump({"format": FORMAT} | dataclasses.asdict(policy), sort_keys=False))
-    (temporary / PROVENANCE).write_text(json.dumps({"format": FORMAT} | provenance | {"files": files}, indent=1, default=str) + "\n")
+    record = {"format": FORMAT} | provenance | {"files": files}
+    (temporary / PROVENANCE).write_text(json.dumps(record, indent=1, default=str, allow_nan=False) + "\n")  # infinity is no JSON
     os.rename(temporary, folder)
 
 

@@ -31,14 +31,14 @@ class OptimizerConfig:
     beta2: float = 0.97
     weight_decay: float = 0.05  # of matrices; vectors and embeddings have none
     gradient_clip: float = 1.0  # of the global norm
-    skip_above: float = math.inf  # a step whose gradient's norm is above this, or not finite, changes nothing
+    skip_above: float | None = None  # a step whose gradient's norm is above this changes nothing; nor does one that is not finite, ever
     skip_most: int = 0  # such steps in a row; one more ends the run
     ema_decay: float = 0.998  # 0: no averaging
 
     def __post_init__(self):
         for name in ("learning_rate", "gradient_clip", "skip_above"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"optimizer.{name} is {getattr(self, name)}, expected above 0")
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise ValueError(f"optimizer.{name} is {value}, expected a number above 0")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"optimizer.schedule is {self.schedule!r}, expected one of {', '.join(SCHEDULES)}")
         if not 0 < self.cooldown <= 1:
@@ -62,7 +62,7 @@ class OptimizerConfig:
 
     def accepts(self, norm: float) -> bool:
         """Whether a gradient of this norm is a step."""
-        return math.isfinite(norm) and norm <= self.skip_above
+        return math.isfinite(norm) and (self.skip_above is None or norm <= self.skip_above)
 
 
 class FlatAdamW:

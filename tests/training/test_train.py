@@ -102,6 +102,15 @@ def test_learns_what_the_pictures_say(tiny_store, tmp_path):
     assert measured[-1]["loss_action"] < 0.75 * math.log(4) / np.mean(lengths)
 
 
+def test_provenance_is_strict_json(tiny_checkpoint):
+    """Every reader takes it, also those that know no Infinity: results of an evaluation hold it."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} in provenance.json")
+
+    json.loads((tiny_checkpoint / "provenance.json").read_text(), parse_constant=refuse)
+
+
 def test_a_finished_run_is_left_alone(tiny_store, tmp_path, capsys):
     policy = tiny_tokens.train(tiny_store.path, tmp_path, steps=2)
     written = (policy / "provenance.json").read_bytes()
@@ -241,6 +250,7 @@ def test_options_that_cannot_work_are_refused(values, message):
 def test_nested_options_are_checked():
     for make, message in (
         (lambda: OptimizerConfig(learning_rate=0), "optimizer.learning_rate is 0"),
+        (lambda: OptimizerConfig(skip_above=math.inf), "optimizer.skip_above is inf, expected a number above 0"),
         (lambda: OptimizerConfig(ema_decay=1), "optimizer.ema_decay is 1"),
         (lambda: LossConfig(vision_loss_fraction=2), "loss.vision_loss_fraction is 2"),
         (lambda: LossConfig(text_weight=-1), "loss.text_weight is -1"),
