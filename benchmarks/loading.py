@@ -41,6 +41,7 @@ TOKENS = 8
 
 
 def main() -> None:
+    """Write, load and measure every layout asked for, and print a line each."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--layouts", nargs="+", default=[layout.name for layout in LAYOUTS], choices=[layout.name for layout in LAYOUTS])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="type to load in")

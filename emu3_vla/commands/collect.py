@@ -4,7 +4,7 @@
     emu3-vla collect output_dir=outputs/relieved shards=64 seed=1 driver=outputs/train/policy      # the policy drives first (DAgger)
 
 Episodes come in chains like the benchmark's: a random symbolic state, five tasks that are possible one after another, the arm left where
-the last task ended. So the starts that a policy will meet are the starts that it is shown. In such chains some tasks are twelve times as
+the last task ended. So the starts that a policy will meet are the starts that it is shown. In such chains some tasks are over ten times as
 frequent as others; with `balanced=true` each next task is drawn from those that are possible, the rarest so far above all.
 Every shard depends on (seed, its number) alone.
 """

@@ -67,12 +67,14 @@ class Saver:
         self._writing.start()
 
     def wait(self) -> None:
-        """Until nothing is being written. Raises NotSaved."""
+        """Until nothing is being written. Raises NotSaved, and whatever else went wrong while it was written."""
         if self._writing is not None:
             self._writing.join()
             self._writing = None
         if self._failure is not None:
             failure, self._failure = self._failure, None
+            if not isinstance(failure, (OSError, SafetensorError)):
+                raise failure
             whole = states_in(self.folder)
             last = f"the last whole one is {whole[-1].folder}" if whole else "there is none from before"
             raise NotSaved(f"a training state was not saved: {failure}; {last}. Make room and give the same command again") from failure
@@ -102,7 +104,7 @@ class Saver:
             temporary.rename(target)
             _sync(self.folder)
             self._prune()
-        except (OSError, SafetensorError) as error:
+        except Exception as error:  # noqa: BLE001 - nobody sees what a thread raises: `wait` raises it
             shutil.rmtree(temporary, ignore_errors=True)
             self._failure = error
 

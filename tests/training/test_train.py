@@ -206,6 +206,16 @@ def test_a_full_disk_leaves_the_states_before_it_whole(tmp_path, monkeypatch):
     assert state.load(tmp_path, optimizer) == 1
 
 
+def test_no_error_is_lost_in_the_background(tmp_path, monkeypatch):
+    optimizer = FlatAdamW(torch.nn.Linear(3, 3), OptimizerConfig(), torch.float32)
+    saver = state.Saver(tmp_path)
+    monkeypatch.setattr(state, "save_file", lambda *arguments: 1 / 0)
+    saver.save(1, optimizer)
+    with pytest.raises(ZeroDivisionError):
+        saver.save(2, optimizer)
+    assert not list(tmp_path.iterdir())
+
+
 def test_leftovers_of_a_killed_write_are_removed(tmp_path):
     optimizer = FlatAdamW(torch.nn.Linear(3, 3), OptimizerConfig(), torch.float32)
     (tmp_path / ".step-000007.tmp").mkdir()

@@ -87,7 +87,7 @@ def demonstrate(
         disturbed = disturbance.covers(step)
         looks = step == next_frame or disturbance.ends_at(step)
         if looks or disturbance.wants_to_look(step):
-            observation = {**observation, **env.observe()}
+            observation = env.observe()
         if looks:
             frames["frame_step"].append(step)
             for camera in (RGB_STATIC, RGB_GRIPPER):
