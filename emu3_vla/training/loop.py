@@ -86,6 +86,8 @@ class TrainConfig:
     steps: int = 2000
     batch_size: int = 64  # documents a step, over all processes
     chunks: int = 3  # most chunks of a document, so up to chunks - 1 past ones
+    asked_fraction: float = 0.0  # of the documents, that are two images and questions about them instead of acting
+    questions: int = 6  # of such a document
     history: int = -1  # past chunks that the policy shows when acting; -1: chunks - 1
     temperature: float = 0.0  # of the policy's action ids when acting; 0: the likeliest
     processes: int = 1  # one thread each
@@ -108,7 +110,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
 
     def __post_init__(self):
-        positive = ("steps", "batch_size", "chunks", "processes", "validation_documents")
+        positive = ("steps", "batch_size", "chunks", "questions", "processes", "validation_documents")
         for name in (*positive, "validate_every", "checkpoint_every", "log_every", "keep_states"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
@@ -127,6 +129,8 @@ class TrainConfig:
             raise ValueError(f"history is {self.history}, expected -1 to {self.chunks - 1} with chunks={self.chunks}")
         if self.batch_size % self.processes:
             raise ValueError(f"batch_size={self.batch_size} is no multiple of processes={self.processes}")
+        if not 0 <= self.asked_fraction < 1:
+            raise ValueError(f"asked_fraction is {self.asked_fraction}, expected at least 0 and below 1")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction is {self.validation_fraction}, expected between 0 and 1")
 
