@@ -144,6 +144,8 @@ class Sources:
 def main(config: TokenizeConfig) -> None:
     """Write the missing shards of the token store in output_dir. Prints its folder."""
     sources = Sources(config.stores)
+    if config.questions:
+        _require_scenes(config, sources)
     store = _open_or_start(config, sources)
     if store.missing_shards():
         _write_missing(config, sources, store)
@@ -265,6 +267,14 @@ def _open_or_start(config: TokenizeConfig, sources: Sources) -> TokenStore:
     if TEXT not in given:
         TextTokenizer.fit(_sentences(config, sources), vocab_size=config.text_vocab_size).save_pretrained(output / TEXT)
     return TokenStore.create(output, _metadata(config, sources, output))
+
+
+def _require_scenes(config: TokenizeConfig, sources: Sources) -> None:
+    """Each scene, and that it can be asked about, before a worker asks."""
+    for store in sources.stores:
+        if "scene" not in store.metadata:
+            raise ValueError(f"questions={config.questions}: {store.path} does not say which scene it shows; tokenize it without questions")
+        questioner(config.questions)(store.metadata["scene"])
 
 
 def _require_same_shards(store: TokenStore, sources: Sources) -> None:

@@ -57,6 +57,7 @@ class ModelSizes:
     max_position_embeddings: int = 2048
     block_size: int = 4  # a trunk position carries block_size² vision codes
     code_dim: int = 64
+    block_hidden: int = 512
     depth_size: int = 128
     depth_layers: int = 2
     depth_heads: int = 4
@@ -94,6 +95,7 @@ class TrainConfig:
     precision: str = "bf16"  # of weights in use, activations and gradients; masters, moments and average are float32 always
     recompute_activations: bool = False  # in the backward pass, layer by layer, instead of keeping them: less memory, a third more work
     compile: bool = False  # needs a C++ compiler; about 15 s once, then faster steps
+    codes_from_tokenizer: bool = True  # new embeddings of codes begin as the vision tokenizer's code vectors, projected
     init_from: str = ""  # a checkpoint folder whose weights to start from
     lora_rank: int = 0  # of adapters that learn in place of the weights of init_from; 0: all weights learn
     lora_alpha: float = 32.0  # an adapter's output is scaled by lora_alpha / lora_rank
@@ -267,6 +269,9 @@ def _new_model(config: TrainConfig, source: Source) -> BlockEmu3ForCausalLM:
     if config.init_from:
         folder = Path(config.init_from) / checkpoint.MODEL
         model.load_state_dict(checkpoint.load_weights(folder, model_config))
+    elif config.codes_from_tokenizer:
+        vision = source.store.tokenizers().vision
+        model.blocks.start_from_codebook(vision.vectors(torch.arange(vision.codebook_size)))
     return model
 
 

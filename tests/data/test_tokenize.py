@@ -140,6 +140,46 @@ def test_several_stores_become_one(folder, tokens, tmp_path):
     assert sorted({episode.shard for episode in held_out}) == [1, 3] and sorted({episode.shard for episode in train}) == [0, 2, 7]
 
 
+class Asker:
+    """Asks how many numbers of a state are zero."""
+
+    def __init__(self, scene: str):
+        self.scene = scene
+
+    def about(self, robot_obs, scene_obs):
+        return [("which scene?", f"{self.scene}."), ("how many?", f"{int((robot_obs == 0).sum())}.")]
+
+    @staticmethod
+    def sentences():
+        return ["which scene?", "how many?", "15.", "X."]
+
+
+def test_questions_are_asked_about_every_frame(folder, tmp_path):
+    store = EpisodeStore.create(tmp_path / "episodes", {"wordings": WORDINGS, "scene": "X"})
+    store.write_shard(0, [make_episode(0, 23), make_episode(1, 31)])
+    config = TokenizeConfig(
+        episodes=str(store.path),
+        vision_tokenizer=str(folder / "vision"),
+        output_dir=str(tmp_path / "asked"),
+        workers=1,
+        questions="test_tokenize:Asker",
+    )
+    main(config)
+    tokens = TokenStore.open(tmp_path / "asked")
+    text = tokens.tokenizers().text
+    for episode in tokens.episodes():
+        for frame in range(len(episode.frame_step)):
+            spoken = [text.decode(ids) for question in (0, 1) for ids in episode.asked.pair(frame, question)]
+            assert spoken == ["which scene?", "X.", "how many?", "15."]
+
+
+def test_questions_that_cannot_be_asked_are_refused_before_work_begins(folder):
+    with pytest.raises(ValueError, match="does not say which scene it shows; tokenize it without questions"):
+        main(config_for(folder, "refused", questions="test_tokenize:Asker"))
+    with pytest.raises(ValueError, match="questions is 'nobody', expected module:Class"):
+        config_for(folder, "refused", questions="nobody")
+
+
 def test_emu3_tokenizes_too_and_must_know_the_cameras(folder, tmp_path):
     tiny = Emu3Config(codebook_size=64, base_channels=32, channel_multiplier=(1, 1), residual_blocks=1, attention_levels=(1,))
     tokenizer = Emu3Tokenizer.from_sizes(dataclasses.replace(tiny, image_sizes={"rgb_static": 32, "rgb_gripper": 16})).eval()
