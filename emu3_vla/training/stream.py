@@ -15,7 +15,6 @@ from typing import Protocol
 import numpy as np
 
 from emu3_vla.data.tokens import Asked
-
 from emu3_vla.documents import ActionChunk, Batch, Image, Segment, Text, collate, length_of
 from emu3_vla.vocabulary import CompactVocabulary
 from envs.spec import RGB_GRIPPER, RGB_STATIC
@@ -121,7 +120,8 @@ class DocumentStream:
         first = pool * POOL_STEPS * self._batch_size
         anchors = self._anchors_between(first, first + POOL_STEPS * self._batch_size)
         random = np.random.default_rng((self._seed, 1, pool))
-        draws = [self._draw(int(anchor), float(number), random) for anchor, number in zip(anchors, random.random(len(anchors)), strict=True)]
+        numbers = random.random(len(anchors))
+        draws = [self._draw(int(anchor), float(number), random) for anchor, number in zip(anchors, numbers, strict=True)]
         by_length = np.argsort([self._length(draw) for draw in draws], kind="stable").reshape(POOL_STEPS, self._batch_size)
         row = by_length[random.permutation(POOL_STEPS)[slot]]
         return [draws[index] for index in row]
