@@ -20,8 +20,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Emu3ForCausalLM, Emu3TextConfig
 
+from emu3_vla import attention
+from emu3_vla.cross_entropy import SLICE_LOGITS, check_targets, sliced_cross_entropy
 from emu3_vla.documents import IGNORE, Batch
-from emu3_vla.vocabulary import CompactVocabulary
+from emu3_vla.vocabulary import CompactVocabulary, Emu3Vocabulary
 
 
 class BlockEmu3Config(Emu3TextConfig):
@@ -56,6 +58,12 @@ def build_config(vocabulary: CompactVocabulary, **sizes: Any) -> BlockEmu3Config
     return config
 
 
+def build_plain_config(vocabulary: Emu3Vocabulary, **sizes: Any) -> Emu3TextConfig:
+    """A configuration of Emu3 itself. sizes: any field of Emu3TextConfig."""
+    special = {"pad_token_id": vocabulary.pad, "bos_token_id": vocabulary.bos, "eos_token_id": vocabulary.eos}
+    return Emu3TextConfig(vocab_size=vocabulary.head_size, **special, **sizes)
+
+
 class BlockEmu3ForCausalLM(Emu3ForCausalLM):
     """Emu3 over vision blocks. `model` and `lm_head` are Emu3ForCausalLM's own; `blocks` and `depth` are added."""
 
@@ -75,8 +83,23 @@ class BlockEmu3ForCausalLM(Emu3ForCausalLM):
         return flat_PH.view_as(embedded_BLH)
 
     def states(self, batch: Batch) -> torch.Tensor:
-        """The trunk's state after every position: (P, H)."""
-        return self.model(inputs_embeds=self.embed(batch), use_cache=False).last_hidden_state.flatten(0, 1)
+        """The trunk's state after every position: (P, H). A packed batch needs `attention.confine`d attention."""
+        return _trunk_states(self, self.embed(batch), batch)
+
+
+class PlainEmu3ForCausalLM(Emu3ForCausalLM):
+    """Emu3 itself, for training on batches: vision codes are ids of its one head, one per position."""
+
+    def states(self, batch: Batch) -> torch.Tensor:
+        """As BlockEmu3ForCausalLM.states."""
+        return _trunk_states(self, self.model.embed_tokens(batch.ids_BL), batch)
+
+
+def _trunk_states(model: Emu3ForCausalLM, embedded_BLH: torch.Tensor, batch: Batch) -> torch.Tensor:
+    packed = {} if batch.spans is None else {"position_ids": batch.spans.positions_BL, "spans": batch.spans}
+    if packed and model.config._attn_implementation != attention.NAME:
+        raise ValueError("this batch holds several documents a row, and the model's attention does not keep to one: call attention.confine")
+    return model.model(inputs_embeds=embedded_BLH, use_cache=False, **packed).last_hidden_state.flatten(0, 1)
 
 
 class BlockEmbedding(nn.Module):
@@ -183,14 +206,19 @@ class DepthLayer(nn.Module):
 
 
 def token_losses(
-    model: BlockEmu3ForCausalLM, states_PH: torch.Tensor, targets_P: torch.Tensor, smoothing: float = 0.0
+    model: BlockEmu3ForCausalLM | PlainEmu3ForCausalLM, states_PH: torch.Tensor, targets_P: torch.Tensor, smoothing: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cross-entropy of the supervised ids, over the head's ids alone (vision codes have their own head).
+    """Cross-entropy of the supervised ids, over the head's ids alone (codes in blocks have their own head).
 
-    Returns losses float32 (M,), their targets int64 (M,), and whether the likeliest id was right, bool (M,).
+    Where the logits of all of them would be many, they are never all held. Returns losses float32 (M,), their targets int64 (M,), and
+    whether the likeliest id was right, bool (M,). Raises ValueError for a target that the head does not write.
     """
     at = (targets_P != IGNORE).nonzero().squeeze(1)
     targets = targets_P[at]
+    if len(targets) * model.config.vocab_size > SLICE_LOGITS:
+        losses, right = sliced_cross_entropy(states_PH[at], model.lm_head.weight, targets, smoothing)
+        return losses, targets, right
+    check_targets(targets, model.config.vocab_size)
     logits = model.lm_head(states_PH[at]).float()
     losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
     return losses, targets, logits.detach().argmax(dim=1) == targets

@@ -242,12 +242,13 @@ def _step(
 ) -> tuple[Figures, float, float]:
     """One optimiser step. Returns this process's figures, the gradient's norm (see OptimizerConfig.accepts), and the operations it took."""
     torch.manual_seed((config.seed * 1_000_003 + step) * 4_099 + processes.rank())  # dropout
-    documents = range(processes.rank(), config.batch_size, processes.count())
-    chosen = figures_of.choose_blocks(batch, config.loss.vision_loss_fraction, [(config.seed, step, number) for number in documents])
+    seeds = figures_of.document_seeds(batch, config.seed, step, processes.rank(), processes.count())
+    chosen = figures_of.choose_blocks(batch, config.loss.vision_loss_fraction, seeds)
+    batch = figures_of.thin_codes(batch, config.loss.vision_loss_fraction, seeds)
     # Counted before the loss, so that each process weighs its sums as if it saw the whole batch.
-    tokens = processes.summed(figures_of.count_tokens(batch, chosen, source.vocabulary))
+    tokens = processes.summed(figures_of.count_tokens(batch, chosen))
     optimizer.zero_gradient()
-    sums, learned = figures_of.losses(model, batch, chosen, source.vocabulary, config.loss.label_smoothing)
+    sums, learned = figures_of.losses(model, batch, chosen, config.loss.label_smoothing)
     figures_of.total(sums, tokens, config.loss).backward()
     return learned, optimizer.step(step, rate), training_flops(model, batch, len(chosen))
 
@@ -282,7 +283,7 @@ def _validate(model: BlockEmu3ForCausalLM, optimizer: FlatAdamW, batches: list[B
     sums = Figures.zero()
     with optimizer.averaged():
         for batch in batches:
-            _, part = figures_of.losses(model, batch, torch.arange(len(batch.codes_NC)), source.vocabulary)
+            _, part = figures_of.losses(model, batch, torch.arange(len(batch.codes_NC)))
             sums.add(part)
     return _rounded(sums.over_processes().means())
 
