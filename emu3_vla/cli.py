@@ -32,7 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "action_tokenizer.compare:CompareConfig",
         "tokens, error and time of FAST and binning on the same chunks",
     ),
-    "train": ("emu3_vla.training.loop:TrainConfig", "next-token prediction on a token store"),
+    "train": ("emu3_vla.training.loop:TrainConfig", "next-token prediction on a token store; preset=stage/... for each stage"),
     "eval": ("eval.run:EvalConfig", "score a policy on CALVIN's long-horizon chains"),
     "compare": ("eval.compare:CompareConfig", "two evaluations of the same chains, paired: is the difference real?"),
     "report": ("eval.report:ReportConfig", "an evaluation's page anew, beside others with --compare=<results>"),
@@ -93,7 +93,7 @@ def compose(command: str, overrides: list[str]) -> Any:
     target = _target(command)
     defaults = _defaults(target)
     overrides = [_as_override(argument) for argument in _name_positional(command, overrides)]
-    preset, overrides = _take_preset(command, overrides)
+    presets, overrides = _take_presets(command, overrides)
     known = _flatten(defaults)
     for override in overrides:
         key = override.split("=", 1)[0].lstrip("+~")
@@ -106,10 +106,10 @@ def compose(command: str, overrides: list[str]) -> Any:
     try:
         with initialize_config_dir(str(importlib.resources.files("configs")), version_base="1.3"):
             composed = hydra_compose(store_name, overrides)
-            if preset:
-                path = importlib.resources.files("configs") / command / f"{preset}.yaml"
-                composed = OmegaConf.merge(hydra_compose(store_name), OmegaConf.load(str(path)))
-                composed = OmegaConf.merge(composed, OmegaConf.from_dotlist(overrides))
+            if presets:
+                folder = importlib.resources.files("configs") / command
+                files = [OmegaConf.load(str(folder / f"{preset}.yaml")) for preset in presets]
+                composed = OmegaConf.merge(hydra_compose(store_name), *files, OmegaConf.from_dotlist(overrides))
         values = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(f"options of 'emu3-vla {command}': {str(error).splitlines()[0]}") from error
@@ -216,16 +216,19 @@ def _as_override(argument: str) -> str:
     return f"{name.replace('-', '_')}={value if given else 'true'}"
 
 
-def _take_preset(command: str, overrides: list[str]) -> tuple[str | None, list[str]]:
+def _take_presets(command: str, overrides: list[str]) -> tuple[list[str], list[str]]:
+    """Presets in the order in which they apply ("preset=stage/vla,stage/debug" names two), and the other overrides."""
     rest = [override for override in overrides if not override.startswith("preset=")]
-    chosen = [override.removeprefix("preset=") for override in overrides if override.startswith("preset=")]
-    if not chosen:
-        return None, rest
-    folder = importlib.resources.files("configs") / command
-    known = sorted(path.name.removesuffix(".yaml") for path in folder.iterdir()) if folder.is_dir() else []
-    if chosen[-1] not in known:
-        raise UsageError(f"unknown preset {chosen[-1]!r} of 'emu3-vla {command}'{nearest(chosen[-1], known)}")
-    return chosen[-1], rest
+    given = [override.removeprefix("preset=") for override in overrides if override.startswith("preset=")]
+    if not given:
+        return [], rest
+    folder = Path(str(importlib.resources.files("configs") / command))
+    known = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+    chosen = given[-1].split(",")
+    for preset in chosen:
+        if preset not in known:
+            raise UsageError(f"unknown preset {preset!r} of 'emu3-vla {command}'{nearest(preset, known)}")
+    return chosen, rest
 
 
 def _difference(old: dict, new: dict) -> str:

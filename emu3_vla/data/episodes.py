@@ -25,6 +25,7 @@ import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
+from emu3_vla.data.remote import UrlPath
 from envs.spec import CAMERAS, Episode
 
 FORMAT = "emu3-vla-episodes"
@@ -227,9 +228,10 @@ def read_manifest(path: Path, format: str, schema: int, what: str, error: type[V
     return record
 
 
-def shard_indices(folder: Path) -> list[int]:
+def shard_indices(folder: Path | UrlPath) -> list[int]:
     """Numbers of the shards `NNNNN.zarr` in `folder`, ascending; hidden (unfinished) ones are not counted."""
-    return sorted(int(path.stem) for path in folder.glob("[0-9]*.zarr") if path.stem.isdigit())
+    names = folder.names() if isinstance(folder, UrlPath) else [path.name for path in folder.glob("[0-9]*.zarr")]
+    return sorted(int(name.removesuffix(".zarr")) for name in names if name.removesuffix(".zarr").isdigit())
 
 
 def split_shards(indices: Sequence[int], validation_fraction: float) -> tuple[list[int], list[int]]:
@@ -275,7 +277,7 @@ def _write_array(group: zarr.Group, name: str, values: np.ndarray) -> None:
         array[...] = values
 
 
-def open_shard(path: Path, format: str, schema: int, error: type[ValueError]) -> zarr.Group:
+def open_shard(path: Path | UrlPath, format: str, schema: int, error: type[ValueError]) -> zarr.Group:
     """The Zarr group at `path`, checked to be a shard of `format`. Raises `error`."""
     try:
         group = zarr.open_group(str(path), mode="r")
@@ -289,12 +291,12 @@ def open_shard(path: Path, format: str, schema: int, error: type[ValueError]) ->
     return group
 
 
-def read_array(group: zarr.Group, name: str, path: Path, rows: slice = slice(None)) -> np.ndarray:
+def read_array(group: zarr.Group, name: str, path: Path | UrlPath, rows: slice = slice(None)) -> np.ndarray:
     """Rows of one array of a shard. Raises EpisodeStoreError where a file is missing or its checksum is wrong."""
     try:
         array = group[name]
         # Zarr reads a missing file as zeros. Ours are one file an array, so its absence is damage.
-        if array.shape[0] and not (path / name / "c" / "/".join("0" * array.ndim)).is_file():
+        if array.shape[0] and not (path / f"{name}/c/{'/'.join('0' * array.ndim)}").is_file():
             raise FileNotFoundError(f"no data file of {name}")
         return np.asarray(array[rows])
     except (OSError, ValueError, KeyError, RuntimeError) as problem:

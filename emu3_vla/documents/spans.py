@@ -53,6 +53,11 @@ class Spans:
         """Number of documents."""
         return len(self.starts_D)
 
+    @property
+    def squares(self) -> int:
+        """Pairs of positions that attention computes: of each document its group's length, squared."""
+        return sum(group.index_NL.numel() * group.index_NL.shape[1] for group in self.groups)
+
     def document_at(self, positions: np.ndarray) -> np.ndarray:
         """Number of the document at each of these positions, which must not be padding."""
         return np.searchsorted(self.starts_D, positions, side="right") - 1

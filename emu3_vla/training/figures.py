@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from emu3_vla.training import processes
 VISION = KINDS.index("vision")
 HIT_KINDS = ("action", "text")
 MEANS = ("kind", "token")
+PAIR_FIGURES = ("loss_preference", "preferred", "margin")
+"""Of a pair: its loss, whether the chosen side gained more than the rejected one, and by how many nats times beta."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +48,15 @@ class LossConfig:
 
 @dataclass
 class Figures:
-    """Sums over tokens, per kind in the order of KINDS: float64 (4,) each. Add them up over steps or processes, then take means."""
+    """Sums over tokens, per kind in the order of KINDS: float64 (4,) each. Add them up over steps or processes, then take means.
+
+    pairs: float64 (4,), sums over pairs in the order of PAIR_FIGURES, and their number; where preferences are learnt.
+    """
 
     loss: torch.Tensor
     hits: torch.Tensor
     tokens: torch.Tensor
+    pairs: torch.Tensor = field(default_factory=lambda: torch.zeros(1 + len(PAIR_FIGURES), dtype=torch.float64))
 
     @classmethod
     def zero(cls) -> Figures:
@@ -58,9 +64,17 @@ class Figures:
 
     def add(self, other: Figures) -> None:
         self.loss, self.hits, self.tokens = self.loss + other.loss, self.hits + other.hits, self.tokens + other.tokens
+        self.pairs = self.pairs + other.pairs
 
     def over_processes(self) -> Figures:
-        return Figures(*processes.summed(torch.stack([self.loss, self.hits, self.tokens])))
+        parts = [self.loss, self.hits, self.tokens, self.pairs]
+        return Figures(*processes.summed(torch.cat(parts)).split([len(part) for part in parts]))
+
+    def total(self, config: LossConfig) -> float:
+        """The loss that `total` makes of the same tokens; of pairs, theirs."""
+        if self.pairs[-1]:
+            return (self.pairs[0] / self.pairs[-1]).item()
+        return total(list(self.loss), self.tokens, config).item()
 
     def means(self) -> dict[str, float]:
         """Mean loss of each kind that occurred, and the share of action and of text tokens whose likeliest id was right."""
@@ -68,6 +82,8 @@ class Figures:
         for kind in HIT_KINDS:
             if self.tokens[index := KINDS.index(kind)]:
                 means[f"{kind}_accuracy"] = (self.hits[index] / self.tokens[index]).item()
+        if self.pairs[-1]:
+            means |= dict(zip(PAIR_FIGURES, (self.pairs[:-1] / self.pairs[-1]).tolist(), strict=True))
         return means
 
 

@@ -30,11 +30,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from emu3_vla import checkpoint, lora
 from emu3_vla.documents import Batch
 from emu3_vla.lora import LoraSettings
-from emu3_vla.model import BlockEmu3ForCausalLM, build_config
+from emu3_vla.model import BlockEmu3ForCausalLM
 from emu3_vla.training import figures as figures_of
-from emu3_vla.training import processes, state
+from emu3_vla.training import preference, processes, state
 from emu3_vla.training.figures import Figures, LossConfig
+from emu3_vla.training.initial import new_model as _new_model
+from emu3_vla.training.mixture import MixtureConfig
 from emu3_vla.training.optimizer import FlatAdamW, OptimizerConfig
+from emu3_vla.training.preference import PairBatch, PreferenceConfig
+from emu3_vla.training.prefetch import prefetched
 from emu3_vla.training.source import Source, open_source
 from emu3_vla.training.telemetry import EXTRAS, Metrics, Pace, live_line, measured_peak, training_flops
 
@@ -76,6 +80,10 @@ class ModelSizes:
         values.pop("block_size")  # the vocabulary's
         return values | {"attention_dropout": values.pop("dropout"), "rope_parameters": rope}
 
+    def plain_arguments(self) -> dict[str, Any]:
+        """As keyword arguments of model.build_plain_config: without what blocks need."""
+        return {name: value for name, value in self.arguments().items() if not name.startswith(("block_", "code_", "depth_"))}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -85,7 +93,8 @@ class TrainConfig:
     output_dir: str = ""
     seed: int = 0
     steps: int = 2000
-    batch_size: int = 64  # documents a step, over all processes
+    batch_size: int = 64  # documents a step, over all processes; rows where there is a context, pairs where there are preferences
+    context: int = 0  # positions of a row that documents of the mixture are packed into; 0: a document a row, padded
     chunks: int = 3  # most chunks of a document, so up to chunks - 1 past ones
     asked_fraction: float = 0.0  # of the documents, that are two images and questions about them instead of acting
     questions: int = 6  # of such a document
@@ -110,6 +119,8 @@ class TrainConfig:
     model: ModelSizes = field(default_factory=ModelSizes)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
 
     def __post_init__(self):
         positive = ("steps", "batch_size", "chunks", "questions", "processes", "validation_documents")
@@ -135,7 +146,22 @@ class TrainConfig:
             raise ValueError(f"asked_fraction is {self.asked_fraction}, expected at least 0 and below 1")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction is {self.validation_fraction}, expected between 0 and 1")
+        self._check_stage()
 
+    def _check_stage(self) -> None:
+        mixed, preferred = bool(self.mixture.shares()), bool(self.preference.pairs)
+        if self.context and not mixed and not preferred:
+            raise ValueError(f"context={self.context} packs documents of a mixture or pairs: give mixture.act=1, say, or preference.pairs")
+        if (mixed or preferred) and not self.context:
+            raise ValueError("documents of a mixture and of pairs are packed into rows: give context, the positions of a row")
+        if mixed and preferred:
+            raise ValueError("preference.pairs and a mixture are two kinds of training; give one of them")
+        if mixed and self.asked_fraction:
+            raise ValueError(f"asked_fraction={self.asked_fraction} is of the acting stream; in a mixture it is mixture.ask")
+        if preferred and not self.init_from:
+            raise ValueError("preferences are learnt against the weights that training starts from: name a checkpoint folder in init_from")
+        if not 0 <= self.context <= self.model.max_position_embeddings:
+            raise ValueError(f"context={self.context}, expected 0 to model.max_position_embeddings={self.model.max_position_embeddings}")
 
     @property
     def lora(self) -> LoraSettings:
@@ -168,13 +194,15 @@ def train(config: TrainConfig) -> None:
     output, leads = Path(config.output_dir), processes.rank() == 0
     console = Console(quiet=not leads)
     source = open_source(config.tokens, config.model.block_size)
-    stream, held_out = source.streams(config)
-    validation = held_out.fixed(config.validation_documents)[processes.rank() :: processes.count()]
+    stream, held_out = preference.streams(config, source) if config.preference.pairs else source.streams(config)
 
     model = _new_model(config, source)
     if config.lora_rank:
         lora.attach(model, config.lora)
     optimizer = FlatAdamW(model, config.optimizer, DTYPES[config.precision])
+    if config.preference.pairs:
+        preference.measure_reference(model, stream, held_out)  # before a saved state replaces the weights that training started from
+    validation = held_out.fixed(config.validation_documents)[processes.rank() :: processes.count()]
     step = state.load(output / "state", optimizer)
     saver = state.Saver(output / "state", keep=config.keep_states) if leads else None
     output.mkdir(parents=True, exist_ok=True)
@@ -187,15 +215,16 @@ def train(config: TrainConfig) -> None:
             layer.compile(dynamic=True)
     console.print(
         f"{len(optimizer.master) / 1e6:.2f} M parameters; {len(stream)} documents an epoch, "
-        f"{config.steps * config.batch_size / len(stream):.1f} epochs; from step {step} to {config.steps}"
+        f"{stream.epochs(config.steps):.1f} epochs; from step {step} to {config.steps}"
     )
     with _progress(console, disable=not leads) as progress:
         bar = progress.add_task("train", total=config.steps, completed=step, status="")
         running, skipped = Figures.zero(), 0
+        batches = prefetched(lambda number: stream.batch(number, processes.rank(), processes.count()), step, config.steps)
         pace.start()
         while step < config.steps:
             model.train()
-            batch = stream.batch(step, processes.rank(), processes.count())
+            batch, waited_s = next(batches)
             rate = config.optimizer.rate(step, config.steps)
             learned, norm, flops = _step(model, optimizer, batch, source, step, rate, config)
             step += 1
@@ -206,7 +235,7 @@ def train(config: TrainConfig) -> None:
                 _check_skipped(skipped, step, norm, learned, config)
             else:
                 running.add(learned)
-            pace.count(batch, flops)
+            pace.count(batch, flops, waited_s)
 
             if step % config.log_every == 0 or step == config.steps:
                 record = {"step": step} | _rounded(running.over_processes().means())
@@ -218,7 +247,7 @@ def train(config: TrainConfig) -> None:
                 pace.start()
             measured: dict[str, float] = {}
             if step % config.validate_every == 0 or step == config.steps:
-                measured = _validate(model, optimizer, validation, source)
+                measured = _validate(model, optimizer, validation, config)
                 metrics({"step": step, "validation": measured})
                 console.print(f"step {step} held out: {live_line(measured)}", soft_wrap=True)
                 pace.start()
@@ -234,7 +263,7 @@ def train(config: TrainConfig) -> None:
 def _step(
     model: BlockEmu3ForCausalLM,
     optimizer: FlatAdamW,
-    batch: Batch,
+    batch: Batch | PairBatch,
     source: Source,
     step: int,
     rate: float,
@@ -242,6 +271,11 @@ def _step(
 ) -> tuple[Figures, float, float]:
     """One optimiser step. Returns this process's figures, the gradient's norm (see OptimizerConfig.accepts), and the operations it took."""
     torch.manual_seed((config.seed * 1_000_003 + step) * 4_099 + processes.rank())  # dropout
+    if isinstance(batch, PairBatch):
+        optimizer.zero_gradient()
+        loss, learned = preference.losses(model, batch, config.preference)
+        loss.backward()
+        return learned, optimizer.step(step, rate), training_flops(model, batch.batch, len(batch.batch.codes_NC))
     seeds = figures_of.document_seeds(batch, config.seed, step, processes.rank(), processes.count())
     chosen = figures_of.choose_blocks(batch, config.loss.vision_loss_fraction, seeds)
     batch = figures_of.thin_codes(batch, config.loss.vision_loss_fraction, seeds)
@@ -263,29 +297,22 @@ def _check_skipped(skipped: int, step: int, norm: float, learned: Figures, confi
         )
 
 
-def _new_model(config: TrainConfig, source: Source) -> BlockEmu3ForCausalLM:
-    torch.manual_seed(config.seed)
-    model_config = build_config(source.vocabulary, **config.model.arguments())
-    model = BlockEmu3ForCausalLM(model_config)
-    if config.init_from:
-        folder = Path(config.init_from) / checkpoint.MODEL
-        model.load_state_dict(checkpoint.load_weights(folder, model_config))
-    elif config.codes_from_tokenizer:
-        vision = source.store.tokenizers().vision
-        model.blocks.start_from_codebook(vision.vectors(torch.arange(vision.codebook_size)))
-    return model
-
-
 @torch.no_grad()
-def _validate(model: BlockEmu3ForCausalLM, optimizer: FlatAdamW, batches: list[Batch], source: Source) -> dict[str, float]:
+def _validate(
+    model: BlockEmu3ForCausalLM, optimizer: FlatAdamW, batches: list[Batch] | list[PairBatch], config: TrainConfig
+) -> dict[str, float]:
     """Means over held-out documents, all their blocks included, with the averaged weights."""
     model.eval()
     sums = Figures.zero()
     with optimizer.averaged():
         for batch in batches:
-            _, part = figures_of.losses(model, batch, torch.arange(len(batch.codes_NC)))
+            if isinstance(batch, PairBatch):
+                _, part = preference.losses(model, batch, config.preference)
+            else:
+                _, part = figures_of.losses(model, batch, torch.arange(len(batch.codes_NC)))
             sums.add(part)
-    return _rounded(sums.over_processes().means())
+    sums = sums.over_processes()
+    return _rounded(sums.means() | {"loss": sums.total(config.loss)})
 
 
 def _export(
