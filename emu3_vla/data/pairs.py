@@ -123,6 +123,11 @@ class PairStore:
         records = [{"scores": list(pair.scores), "about": pair.about} for pair in pairs]
         write_shard_atomic(self._shard_path(index), columns, {"format": SHARD_FORMAT, "schema": SCHEMA, "pairs": records})
 
+    def __len__(self) -> int:
+        """Number of pairs."""
+        paths = [self._shard_path(index) for index in shard_indices(self.path / "shards")]
+        return sum(len(open_shard(path, SHARD_FORMAT, SCHEMA, PairStoreError).attrs["pairs"]) for path in paths)
+
     def pairs(self) -> list[Pair]:
         """All pairs, shard by shard. Raises PairStoreError, MalformedDocument, and where there is none."""
         found = [pair for index in shard_indices(self.path / "shards") for pair in self._read_shard(index)]
