@@ -87,7 +87,7 @@ class TokenizeConfig:
 
 
 class Questioner(Protocol):
-    """Made with the name of a scene; asks about a moment in it and answers."""
+    """Made with the name of a scene; asks about a moment in it and answers. The first answer says what there is to see: a caption."""
 
     def about(self, robot_obs: np.ndarray, scene_obs: np.ndarray) -> list[tuple[str, str]]: ...
 

@@ -141,11 +141,11 @@ def collate(documents: Sequence[Sequence[Segment]], vocabulary: Vocabulary, weig
 
 
 def pack(
-    rows: Sequence[Sequence[Sequence[Segment]]], vocabulary: Vocabulary, context: int, weights: LossWeights = ALL
+    rows: Sequence[Sequence[Sequence[Segment]]], vocabulary: Vocabulary, context: int, weights: LossWeights = ALL, *, trim: bool = False
 ) -> Batch:
     """Lay out documents one behind another, several to a row of `context` positions: rows of documents, see `plan_rows`.
 
-    Raises DocumentError for a row that is too long.
+    trim: make the rows no longer than the fullest needs (rounded up to LENGTH_MULTIPLE). Raises DocumentError for a row that is too long.
     """
     documents = [document for row in rows for document in row]
     layouts = [lay_out(document, vocabulary, weights) for document in documents]
@@ -154,6 +154,8 @@ def pack(
     used = np.bincount(row_of, lengths, minlength=len(rows)).astype(np.int64)
     if used.max(initial=0) > context:
         raise DocumentError(f"row {used.argmax()} of a batch has {used.max()} positions, expected at most context={context}")
+    if trim:
+        context = min(context, -(-int(used.max(initial=1)) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
     starts = np.cumsum(lengths) - lengths + (np.arange(len(rows)) * context - (np.cumsum(used) - used))[row_of]
     return _assemble(documents, layouts, starts, (len(rows), context), vocabulary, Spans.of(starts, lengths, (len(rows), context)))
 
@@ -173,16 +175,19 @@ def _assemble(
     for start, layout in zip(starts.tolist(), layouts, strict=True):
         own = slice(start, start + len(layout.ids))
         ids[own], targets[own], target_weights[own], kinds[own] = layout.ids, layout.targets, layout.weights, layout.kinds
-    block_at = np.concatenate([layout.block_at + start for start, layout in zip(starts.tolist(), layouts, strict=True)])
+    nothing = np.zeros(0, np.int64)  # rows may be empty
+    block_at = [nothing, *(layout.block_at + start for start, layout in zip(starts.tolist(), layouts, strict=True))]
+    codes = [nothing.reshape(0, vocabulary.codes_per_block), *(layout.codes for layout in layouts)]
+    block_weights = [nothing.astype(np.float32), *(layout.block_weights for layout in layouts)]
     return Batch(
         ids_BL=torch.from_numpy(ids).view(shape),
         targets_BL=torch.from_numpy(targets).view(shape),
         weights_BL=torch.from_numpy(target_weights).view(shape),
         kinds_BL=torch.from_numpy(kinds).view(shape),
-        codes_NC=torch.from_numpy(np.concatenate([layout.codes for layout in layouts])),
-        places_N=torch.from_numpy(np.concatenate([layout.places for layout in layouts])),
-        block_at_N=torch.from_numpy(block_at),
-        block_weights_N=torch.from_numpy(np.concatenate([layout.block_weights for layout in layouts])),
+        codes_NC=torch.from_numpy(np.concatenate(codes)),
+        places_N=torch.from_numpy(np.concatenate([nothing, *(layout.places for layout in layouts)])),
+        block_at_N=torch.from_numpy(np.concatenate(block_at)),
+        block_weights_N=torch.from_numpy(np.concatenate(block_weights)),
         chunks=sum(isinstance(part, ActionChunk) and part.supervised for document in documents for part in document),
         positions=sum(len(layout.ids) for layout in layouts),
         spans=spans,

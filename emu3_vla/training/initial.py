@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,8 +49,9 @@ def _given_weights(
     require_same_tokens(folder, given, source)
     if given == source.vocabulary:
         return checkpoint.load_weights(folder / checkpoint.MODEL, model.config, type(model))
-    smaller = build_config(given, **model.config.to_diff_dict() | {"vocab_size": given.head_size, "num_places": given.num_places})
-    weights = checkpoint.load_weights(folder / checkpoint.MODEL, smaller, type(model))
+    other_places = copy.deepcopy(model.config)
+    other_places.num_places = given.num_places
+    weights = checkpoint.load_weights(folder / checkpoint.MODEL, other_places, type(model))
     return weights | {PLACES: stretched_places(weights[PLACES], given, source.vocabulary)}
 
 

@@ -2,6 +2,7 @@
 
     emu3-vla train tokens=outputs/tokenize/first output_dir=outputs/train/first
     emu3-vla train preset=debug tokens=... output_dir=...
+    emu3-vla train preset=stage/vla tokens=... output_dir=...     # one of the stages of docs/training.md
 
 Every step: a batch that depends on (seed, step) alone → summed losses per kind of token → their weighted means over all processes →
 one clipped AdamW step → the weights' moving average. A run that was killed and started again ends with the same losses and weights as

@@ -79,11 +79,14 @@ class MixtureStream:
 
     def batch(self, step: int, rank: int = 0, processes: int = 1) -> Batch:
         """This process's rows of the batch of `step`."""
+        return pack(self.rows(step)[rank::processes], self._material.vocabulary, self._context)
+
+    def rows(self, step: int) -> list[list[list[Segment]]]:
+        """Documents of every row of the batch of `step`."""
         pool, slot = divmod(step, self._steps)
         if self._pool[0] != pool:
             self._pool = (pool, self._planned(pool))
-        rows = self._pool[1][slot * self._rows : (slot + 1) * self._rows]
-        return pack(rows[rank::processes], self._material.vocabulary, self._context)
+        return self._pool[1][slot * self._rows : (slot + 1) * self._rows]
 
     def fixed(self, count: int) -> list[Batch]:
         """About `count` documents of all kinds, spread over the episodes, in batches; for validation."""
@@ -92,7 +95,7 @@ class MixtureStream:
             documents += self._some(name, max(1, round(share * count)), random)
         rows, _ = self._packed(documents)
         groups = [rows[start : start + self._rows] for start in range(0, len(rows), self._rows)]
-        return [pack(group, self._material.vocabulary, self._context) for group in groups]
+        return [pack(group, self._material.vocabulary, self._context, trim=True) for group in groups]
 
     def _planned(self, pool: int) -> list[list[list[Segment]]]:
         """Rows of documents of all steps of a pool."""

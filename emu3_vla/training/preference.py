@@ -110,7 +110,7 @@ class PairStream:
                 documents += self._sides[number][side]
                 side_of += [2 * place + side] * len(self._sides[number][side])
         planned, _ = plan_rows([length_of(document, self._vocabulary) for document in documents], self._context)
-        batch = pack([[documents[at] for at in row] for row in planned], self._vocabulary, self._context)
+        batch = pack([[documents[at] for at in row] for row in planned], self._vocabulary, self._context, trim=True)
         order = [at for row in planned for at in row]
         return PairBatch(
             batch=batch,

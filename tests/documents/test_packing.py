@@ -173,6 +173,14 @@ def test_images_and_chunks_lie_whole_in_one_row(vocabulary):
         assert batch.spans.positions_BL.flatten()[start : start + length].tolist() == list(range(length))
 
 
+def test_rows_without_documents_can_be_learnt_from(model, vocabulary):
+    """As one of many processes may meet: nothing is learnt there, and nothing breaks."""
+    batch = pack([[], []], vocabulary, CONTEXT)
+    assert (batch.documents, batch.positions, len(batch.codes_NC)) == (0, 0, 0) and batch.ids_BL.shape == (2, CONTEXT)
+    losses, *_ = token_losses(model, model.states(batch), batch.targets_BL.flatten())
+    assert losses.shape == (0,)
+
+
 def test_kinds_are_told_by_place():
     v = Emu3Vocabulary(action_size=20)
     document = [Text([5, 6]), ActionChunk([0, 1]), Video(np.zeros((1, 2, 2), int)), End()]
