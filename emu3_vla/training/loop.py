@@ -308,7 +308,7 @@ def _validate(
     with optimizer.averaged():
         for batch in batches:
             if isinstance(batch, PairBatch):
-                _, part = preference.losses(model, batch, config.preference)
+                part = preference.measured(model, batch, config.preference)
             else:
                 _, part = figures_of.losses(model, batch, torch.arange(len(batch.codes_NC)))
             sums.add(part)

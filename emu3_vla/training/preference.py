@@ -154,16 +154,26 @@ def measure_reference(model: Model, *pair_streams: PairStream) -> None:
 
 
 def losses(model: Model, pairs: PairBatch, config: PreferenceConfig) -> tuple[torch.Tensor, Figures]:
-    """The loss of this process's pairs as a part of all processes', with gradient; and figures of it."""
+    """The loss of this process's pairs as a part of all processes', with gradient; and figures of it. All processes call it together."""
+    logs_Q2, preference, figures = _preferred(model, pairs, config)
+    chosen_tokens = processes.summed(figures.tokens.sum()[None].clone()).item()
+    return preference.sum() / pairs.pairs - config.cross_entropy_weight * logs_Q2[:, CHOSEN].sum() / chosen_tokens, figures
+
+
+def measured(model: Model, pairs: PairBatch, config: PreferenceConfig) -> Figures:
+    """Figures of these pairs, of this process alone."""
+    return _preferred(model, pairs, config)[2]
+
+
+def _preferred(model: Model, pairs: PairBatch, config: PreferenceConfig) -> tuple[torch.Tensor, torch.Tensor, Figures]:
+    """log π of both sides, (Q, 2), and the loss of each pair, (Q,), with gradient; and figures."""
     logs_Q2, figures = _written(model, pairs)
     gains_Q2 = logs_Q2 - pairs.reference_Q2.to(logs_Q2.device)
     margins_Q = config.beta * (gains_Q2[:, CHOSEN] - gains_Q2[:, REJECTED])
     preference = -F.logsigmoid(margins_Q)
-    chosen_tokens = processes.summed(figures.tokens.sum()[None].clone()).item()
-    loss = preference.sum() / pairs.pairs - config.cross_entropy_weight * logs_Q2[:, CHOSEN].sum() / chosen_tokens
     sums = [preference.sum(), (margins_Q > 0).sum(), margins_Q.sum(), torch.tensor(len(margins_Q))]
     figures.pairs = torch.stack([part.detach().double().cpu() for part in sums])
-    return loss, figures
+    return logs_Q2, preference, figures
 
 
 def _written(model: Model, pairs: PairBatch) -> tuple[torch.Tensor, Figures]:

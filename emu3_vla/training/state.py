@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from emu3_vla.training.optimizer import FlatAdamW
 
 STATE_FILE, STEP_FILE = "state.safetensors", "step.json"
-BEST_BY = ("loss_action", "loss")
+BEST_BY = ("loss_preference", "loss_action", "loss")
 """Of the held-out figures: the state with the least of the first that was measured is the best."""
 
 
