@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from policies.wire import CODES, TOKENIZER, InvalidRequest, TokenizerMismatch
+from policies.wire import CODES, TOKENIZER, InvalidRequest, TokenizerMismatch, brief
 
 
 def checked_codes(observation: dict[str, Any], tokenizer: dict[str, Any] | None) -> dict[str, np.ndarray]:
@@ -26,7 +26,7 @@ def checked_codes(observation: dict[str, Any], tokenizer: dict[str, Any] | None)
     given, of = observation[CODES], observation.get(TOKENIZER)
     if of != tokenizer["fingerprint"]:
         raise TokenizerMismatch(
-            f"the code ids are of tokenizer {str(of)[:64]!r}, this policy's is {tokenizer['fingerprint']!r}, where they mean other pictures"
+            f"the code ids are of tokenizer {brief(of)}, this policy's is {tokenizer['fingerprint']!r}, where they mean other pictures"
         )
     if not isinstance(given, dict):
         raise InvalidRequest(f"{CODES!r} is {type(given).__name__}, expected a map from cameras to code ids")
@@ -35,13 +35,12 @@ def checked_codes(observation: dict[str, Any], tokenizer: dict[str, Any] | None)
 
 def _checked_grid(camera: Any, codes: Any, tokenizer: dict[str, Any]) -> np.ndarray:
     if camera not in tokenizer["grids"]:
-        raise InvalidRequest(f"code ids of camera {str(camera)[:40]!r}, expected one of {', '.join(tokenizer['grids'])}")
+        raise InvalidRequest(f"code ids of camera {brief(camera)}, expected one of {', '.join(tokenizer['grids'])}")
     shape, size = tuple(tokenizer["grids"][camera]), tokenizer["codebook_size"]
     if isinstance(codes, dict):
         codes = unpack_codes(codes, shape, size)
     if not isinstance(codes, np.ndarray) or codes.dtype.kind not in "iu" or codes.shape != shape:
-        got = f"{codes.dtype} of shape {codes.shape}" if isinstance(codes, np.ndarray) else type(codes).__name__
-        raise InvalidRequest(f"code ids of {camera} are {got}, expected integers of shape {shape}")
+        raise InvalidRequest(f"code ids of {camera} are {brief(codes)}, expected integers of shape {shape}")
     if not 0 <= int(codes.min()) <= int(codes.max()) < size:
         raise InvalidRequest(f"code ids of {camera} lie in [{codes.min()}, {codes.max()}], expected [0, {size})")
     return codes
@@ -67,7 +66,7 @@ def unpack_codes(packed: dict[str, Any], shape: tuple[int, ...], codebook_size: 
     expected = max(1, (codebook_size - 1).bit_length())
     if type(bits) is not int or bits != expected or packed.get("shape") != list(shape):
         raise InvalidRequest(
-            f"packed codes of {str(bits)[:20]} bits and shape {str(packed.get('shape'))[:40]}, expected {expected} bits and {list(shape)}"
+            f"packed codes of {brief(bits)} bits and shape {brief(packed.get('shape'))}, expected {expected} bits and {list(shape)}"
         )
     number = int(np.prod(shape))
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape != (-(-number * bits // 8),):

@@ -77,7 +77,7 @@ def _control(content: dict[str, Any], deadline_ms: float) -> dict[str, Any]:
     control[wire.DEADLINE_MS] = deadline_ms
     if wire.DEADLINE_MS in content:
         asked = content[wire.DEADLINE_MS]
-        right = isinstance(asked, int | float) and 0 < asked < float("inf")
+        right = isinstance(asked, int | float) and not isinstance(asked, bool) and 0 < asked < float("inf")
         control[wire.DEADLINE_MS] = min(float(_checked(content, wire.DEADLINE_MS, right, "a time in ms above 0")), deadline_ms)
     if wire.EXECUTED in content:
         actions = content[wire.EXECUTED]
@@ -88,16 +88,12 @@ def _control(content: dict[str, Any], deadline_ms: float) -> dict[str, Any]:
 
 def _checked(content: dict[str, Any], name: str, fits: bool, expected: str) -> Any:
     if not fits:
-        raise InvalidRequest(f"{name!r} is {_kind(content[name])}, expected {expected}")
+        raise InvalidRequest(f"{name!r} is {wire.brief(content[name])}, expected {expected}")
     return content[name]
 
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _kind(value: Any) -> str:
-    return f"{value.dtype} of shape {value.shape}" if isinstance(value, np.ndarray) else f"{type(value).__name__} {str(value)[:40]!r}"
 
 
 def _checked_array(name: str, value: Any) -> Any:

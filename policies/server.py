@@ -59,7 +59,7 @@ class ServerOptions:
     gather_ms: float = 5.0  # a client that was answered so recently is waited for before the next batch begins
     deadline_ms: float = 10_000.0  # from a request's arrival to its answer; a request may ask for less
     default_prompt: str = ""  # instruction of clients that send none
-    keys: dict[str, str] = field(default_factory=dict)  # what a client calls a camera or state: our observation key
+    keys: tuple[str, ...] = ()  # what clients call a camera or state: "observation/image:rgb_static", their name and our observation key
 
     def __post_init__(self):
         for name in ("max_connections", "max_message_bytes", "max_waiting", "max_batch"):
@@ -73,12 +73,17 @@ class ServerOptions:
             raise ValueError("tls_certificate and tls_key belong together: give both, or neither")
         if len(self.default_prompt) > MAX_TEXT:
             raise ValueError(f"default_prompt has {len(self.default_prompt)} characters, expected at most {MAX_TEXT}")
-        unknown = [ours for ours in self.keys.values() if ours not in OBSERVATION]
-        if unknown:
-            raise ValueError(f"keys leads to {unknown[0]!r}, which is no observation key; known: {', '.join(OBSERVATION)}")
-        taken = [theirs for theirs in self.keys if theirs in CONTROL_KEYS]
-        if taken:
-            raise ValueError(f"keys renames {taken[0]!r}, which has a meaning of its own in a request")
+        for pair in self.keys:
+            theirs, _, ours = pair.rpartition(":")
+            if ours not in OBSERVATION:
+                raise ValueError(f"keys: {pair!r}, expected <their name>:<ours>, which is one of {', '.join(OBSERVATION)}")
+            if not theirs or theirs in CONTROL_KEYS:
+                raise ValueError(f"keys: {pair!r} renames {theirs!r}, which has a meaning of its own in a request")
+
+    @property
+    def renamed(self) -> dict[str, str]:
+        """Our observation key of each name in `keys`."""
+        return {theirs: ours for theirs, _, ours in (pair.rpartition(":") for pair in self.keys)}
 
     def check_open(self, token: str) -> None:
         """Raises ValueError where anyone who reaches this machine could drive the arm, and nobody said that they may."""
@@ -177,6 +182,7 @@ class PolicyServer:
         self.policy, self.figures, self.address = policy, Figures(), ""
         self.metadata = describe(policy, self.options)
         self._token, self._failed, self._tls = token, failed, _tls(self.options)
+        self._renamed = self.options.renamed
         self._batched = hasattr(policy, "sessions") and hasattr(policy, "infer_many")
         self._make = make
         self._free: list[Policy] = [] if self._batched else [policy]
@@ -296,7 +302,7 @@ class PolicyServer:
         control, observation = read_request(
             message,
             requires=self.policy.requires,
-            keys=self.options.keys,
+            keys=self._renamed,
             tokenizer=self.metadata.get("vision_tokenizer"),
             deadline_ms=self.options.deadline_ms,
         )
@@ -433,7 +439,7 @@ def describe(policy: Policy, options: ServerOptions) -> dict[str, Any]:
             for name in sorted(policy.requires)
             if name in OBSERVATION
         },
-        "keys": dict(options.keys),
+        "keys": options.renamed,
         "control_hz": CONTROL_HZ,
         "max_message_bytes": options.max_message_bytes,
         "deadline_ms": options.deadline_ms,

@@ -155,7 +155,7 @@ def _check_kind(dtype: np.dtype, kinds: str) -> None:
 
 def _dtype(name: Any, kinds: str) -> np.dtype:
     if not isinstance(name, str) or not DTYPE.fullmatch(name):
-        raise WireError(f"dtype {str(name)[:40]!r} is not carried; numbers, booleans, strings and times are")
+        raise WireError(f"dtype {brief(name)} is not carried; numbers, booleans, strings and times are")
     try:
         dtype = np.dtype(name)
     except (TypeError, ValueError) as error:
@@ -169,7 +169,7 @@ def _dtype(name: Any, kinds: str) -> np.dtype:
 def _array(content: dict) -> np.ndarray:
     dtype, shape, data = _dtype(content.get(b"dtype"), ARRAY_KINDS), content.get(b"shape"), content.get(b"data")
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(type(side) is int and 0 <= side < 2**40 for side in shape):
-        raise WireError(f"an array's shape is a list of at most {MAX_DIMENSIONS} sizes, not {str(shape)[:80]}")
+        raise WireError(f"an array's shape is a list of at most {MAX_DIMENSIONS} sizes, not {brief(shape)}")
     if not isinstance(data, bytes):
         raise WireError(f"an array's data is bytes, not {type(data).__name__}")
     expected = dtype.itemsize
@@ -190,4 +190,15 @@ def _scalar(content: dict) -> np.generic:
     try:
         return dtype.type(value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise WireError(f"{str(value)[:40]!r} is no {dtype}") from error
+        raise WireError(f"{brief(value)} is no {dtype}") from error
+
+
+def brief(value: Any) -> str:
+    """What came, in few words, for an error's text."""
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} of shape {value.shape}"
+    if isinstance(value, list) and all(type(item) is int for item in value):
+        return f"{value[:8]}"
+    if isinstance(value, str | int | float | np.number):
+        return f"{type(value).__name__} {str(value)[:40]!r}"
+    return type(value).__name__

@@ -55,7 +55,7 @@ def until(condition, seconds=10.0):
 
 
 def test_handshake_says_what_the_policy_is():
-    with serving(Recording(), max_message_bytes=5000, keys={"observation/state": ROBOT_OBS}) as server:
+    with serving(Recording(), max_message_bytes=5000, keys=(f"observation/state:{ROBOT_OBS}",)) as server:
         connection, metadata = opened(server)
         connection.close()
     assert metadata["policy"] == "recording" and metadata["requires"] == [ROBOT_OBS]
@@ -122,7 +122,7 @@ def test_prompts_as_openpis_users_send_them():
 
 
 def test_keys_of_others_are_translated_where_told():
-    with serving(Recording(), keys={"observation/state": ROBOT_OBS}) as server:
+    with serving(Recording(), keys=(f"observation/state:{ROBOT_OBS}",)) as server:
         connection, _ = opened(server)
         assert answer_of(ask(connection, prompt="go", **{"observation/state": np.full(15, 0.25, np.float32)}))[2] == 0.25
         assert answer_of(ask(connection, prompt="go", **seen(0.5)))[2] == 0.5
@@ -447,8 +447,8 @@ def test_pages_in_a_browser_are_kept_out():
         ({"deadline_ms": 0.0}, "deadline_ms=0.0 above it"),
         ({"tls_key": "key.pem"}, "belong together"),
         ({"tls_key": "none.pem", "tls_certificate": "none.pem"}, "tls_certificate=none.pem and tls_key=none.pem: "),
-        ({"keys": {"image": "rgb_statik"}}, "keys leads to 'rgb_statik', which is no observation key; known: rgb_static"),
-        ({"keys": {"prompt": "rgb_static"}}, "keys renames 'prompt'"),
+        ({"keys": ("image:rgb_statik",)}, "keys: 'image:rgb_statik', expected <their name>:<ours>, which is one of rgb_static"),
+        ({"keys": ("prompt:rgb_static",)}, "renames 'prompt', which has a meaning of its own"),
     ],
 )
 def test_options_that_cannot_be(options, said):

@@ -98,9 +98,9 @@ def _array(**changes):
         (b"\xd4\x05\x00", "not a whole msgpack message"),  # an extension type
         (msgpack.packb([[]] * 40_000 + [[[]] * 9_999]), "more than 50000 items"),
         (msgpack.packb([{}] * 49_000), "more than 50000 items"),
-        (_array(dtype="|O"), "dtype '|O' is not carried"),
-        (_array(dtype="<c8"), "dtype '<c8' is not carried"),
-        (_array(dtype="i4,i4"), "dtype 'i4,i4' is not carried"),
+        (_array(dtype="|O"), "dtype str '|O' is not carried"),
+        (_array(dtype="<c8"), "dtype str '<c8' is not carried"),
+        (_array(dtype="i4,i4"), "dtype str 'i4,i4' is not carried"),
         (_array(dtype="|V8"), "is not carried"),
         (_array(dtype="<f5"), "no dtype '<f5'"),
         (_array(dtype="<U9999999"), "takes"),
@@ -157,7 +157,7 @@ def test_codes_are_checked():
     np.testing.assert_array_equal(checked_codes(good, TOKENIZER)["rgb_static"], grid)
     packed = pack_codes(grid, 1024)
     np.testing.assert_array_equal(checked_codes(good | {"codes": {"rgb_static": packed}}, TOKENIZER)["rgb_static"], grid)
-    with pytest.raises(TokenizerMismatch, match="of tokenizer 'abd', this policy's is 'abc'"):
+    with pytest.raises(TokenizerMismatch, match="of tokenizer str 'abd', this policy's is 'abc'"):
         checked_codes(good | {"tokenizer": "abd"}, TOKENIZER)
     for codes, said in (
         ({"rgb_static": grid[:8]}, r"uint16 of shape \(8, 16\), expected integers of shape \(16, 16\)"),
@@ -165,11 +165,11 @@ def test_codes_are_checked():
         ({"rgb_static": grid.tolist()}, "are list, expected integers"),
         ({"rgb_static": grid.astype(np.int64) - 2000}, r"lie in \[-\d+, -\d+\], expected \[0, 1024\)"),
         ({"rgb_static": np.full_like(grid, 1024)}, r"lie in \[1024, 1024\]"),
-        ({"rgb_left": grid}, "camera 'rgb_left', expected one of rgb_static, rgb_gripper"),
-        ({"rgb_static": packed | {"bits": 11}}, r"11 bits and shape \[16, 16\], expected 10 bits"),
+        ({"rgb_left": grid}, "camera str 'rgb_left', expected one of rgb_static, rgb_gripper"),
+        ({"rgb_static": packed | {"bits": 11}}, r"int '11' bits and shape \[16, 16\], expected 10 bits"),
         ({"rgb_static": packed | {"shape": [256]}}, r"shape \[256\], expected 10 bits and \[16, 16\]"),
         ({"rgb_static": packed | {"packed": packed["packed"][:-1]}}, "need 320 bytes"),
-        ({"rgb_static": {}}, "packed codes of None bits"),
+        ({"rgb_static": {}}, "packed codes of NoneType bits"),
         ([grid], "'codes' is list, expected a map"),
     ):
         with pytest.raises(InvalidRequest, match=said):
