@@ -21,10 +21,12 @@ import numpy as np
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
+from envs.spec import OBSERVATION, SENSORS
 from policies import wire
 from policies.codes import pack_codes
 
 TOO_BIG = 1009
+KNOWN = OBSERVATION.keys() | SENSORS.keys()
 
 
 class ServerUnavailable(wire.ServingError, ValueError):
@@ -143,13 +145,13 @@ class RemotePolicy:
             self._connection = None
 
     def _request(self, observation: dict[str, np.ndarray]) -> dict[str, Any]:
-        """The observation as far as the policy requires it, the instruction, and what happened since the last answer."""
+        """The instruction, what happened since the last answer, and the observation without cameras and states that nobody asked for."""
         request = {wire.PROMPT: self._prompt, **self._pending}
         if wire.EXECUTED in request:
             request[wire.EXECUTED] = np.array(request[wire.EXECUTED])
         if self._deadline_ms is not None:
             request[wire.DEADLINE_MS] = self._deadline_ms
-        for name in sorted(self.requires & observation.keys()):
+        for name in sorted(observation.keys() - (KNOWN - self.requires)):
             if self._tokenizer is None or name not in self._tokenizer.cameras:
                 request[name] = observation[name]
                 continue

@@ -342,3 +342,23 @@ def test_a_server_that_is_killed_is_said(tmp_path):
         remote.reset("go")
     with pytest.raises((WebSocketException, OSError)):
         connect(server.address, proxy=None).__enter__()
+
+
+def test_evaluations_of_a_served_policy_are_those_of_the_policy(tmp_path):
+    """`emu3-vla eval policy=ws://...`: privileged policies are told the task, and know of every action that they did not choose."""
+    server = Served(tmp_path / "served", "policy=expert")
+    options = ["eval.num_sequences=1", "eval.max_steps=90", "eval.workers=1", "eval.variant=[pushes]"]
+    results = []
+    for policy in (server.address, "expert"):
+        folder = tmp_path / policy.rpartition(":")[2]
+        assert cli.main(["eval", f"policy={policy}", *options, f"output_dir={folder}"]) in (0, None)
+        found = json.loads((folder / "results.json").read_text())
+        results.append([(chain["num_solved"], chain["steps"], chain["error"]) for chain in found["chains"]])
+    assert results[0] == results[1] and sum(solved for solved, _, _ in results[0]) > 0
+    assert server.end()[0] == 0
+
+
+def test_a_served_policy_that_is_gone_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(RemotePolicy.__init__.__kwdefaults__, "connect_s", 0.0)
+    assert cli.main(["rollout", "policy=ws://127.0.0.1:9", f"output_dir={tmp_path / 'run'}"]) == 2
+    assert "no server answers at ws://127.0.0.1:9" in capsys.readouterr().err

@@ -576,7 +576,7 @@ def test_the_client_needs_three_packages():
             "class Refuse:\n"
             "    def find_spec(self, name, path=None, target=None):\n"
             "        top = name.split('.')[0]\n"
-            "        if top not in sys.stdlib_module_names and top not in {'numpy', 'msgpack', 'websockets', 'policies'}:\n"
+            "        if top not in sys.stdlib_module_names and top not in {'numpy', 'msgpack', 'websockets', 'policies', 'envs'}:\n"
             "            raise ImportError(f'{name} is imported')\n"
             "sys.meta_path.insert(0, Refuse())\n"
             "import policies\n"
@@ -589,5 +589,5 @@ def test_the_client_needs_three_packages():
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.stdout.splitlines() == [
         "(2, 7)",
-        "['policies', 'policies.base', 'policies.client', 'policies.codes', 'policies.wire']",
+        "['envs', 'envs.spec', 'policies', 'policies.base', 'policies.client', 'policies.codes', 'policies.wire']",
     ], done.stderr
