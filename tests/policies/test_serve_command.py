@@ -31,6 +31,18 @@ from policies.wire import ServingError
 ROOT = Path(__file__).parents[2]
 
 
+RUNNING: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_running():
+    yield
+    for process in RUNNING:
+        process.kill()
+        process.wait()
+    RUNNING.clear()
+
+
 class Served:
     """A server's process. lines: what it printed."""
 
@@ -46,6 +58,7 @@ class Served:
             self.process.kill()
             raise AssertionError(first + self.process.stderr.read())
         self.address = found[1]
+        RUNNING.append(self.process)
 
     def rss_mb(self):
         status = Path(f"/proc/{self.process.pid}/status").read_text()
