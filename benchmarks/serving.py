@@ -4,8 +4,9 @@
     python -m benchmarks.serving policy=calvin-d clients=8 decisions=20 rounds=3 threads=1
 
 Overhead: a client's round trip less the time that the policy itself took, on loopback, two images of 200×200 (bar: 3 ms at the median).
-Throughput: answers a second of one client and of several that ask as fast as they are answered, in turns (bar: 3 times as many with 8).
-By the clock, and by the server's processor time, which other work on the machine does not change: the first counts on a machine at rest.
+Throughput: answers a second of one client and of several, in turns (bar: 3 times as many with 8). First they ask as fast as they are
+answered, then as arms do, which execute each chunk, 10 steps of 30 Hz, before they ask again. By the clock, which means something on a
+machine at rest, and by the server's processor time.
 Bytes: of a whole message with the cameras' own images of the simulator, as pixels, JPEG, code ids and packed ids; decisions from ids are
 compared with those from pixels.
 """
@@ -28,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 import policies
-from envs.spec import CAMERAS, GRIPPER_OPEN
+from envs.spec import CAMERAS, CONTROL_HZ, GRIPPER_OPEN
 from eval.environment import EnvConfig
 from policies import wire
 from policies.client import RemotePolicy
@@ -37,6 +38,7 @@ from policies.edge import EdgeTokenizer
 
 OVERHEAD_BAR_MS, THROUGHPUT_BAR = 3.0, 3.0
 JPEG_QUALITY = 90
+CHUNK = 10  # actions
 PROMPT = "open the drawer"
 
 
@@ -49,7 +51,7 @@ class Costless:
         pass
 
     def infer(self, observation):
-        actions = np.zeros((10, 7), np.float32)
+        actions = np.zeros((CHUNK, 7), np.float32)
         actions[:, -1] = GRIPPER_OPEN
         return {"actions": actions}
 
@@ -108,8 +110,8 @@ def overhead(policy: str, requests: int) -> tuple[np.ndarray, float]:
     return np.array(added[warming:]), 1e3 * cpu_s / requests
 
 
-def throughput(served: Served, clients: int, decisions: int) -> tuple[float, float, float]:
-    """(answers/s by the clock, answers/s of the server's processor time, requests a batch)."""
+def throughput(served: Served, clients: int, decisions: int, acting_s: float) -> tuple[float, float, float]:
+    """(answers/s by the clock, answers/s of the server's processor time, requests a batch). acting_s: between an answer and a question."""
     remotes = [RemotePolicy(served.address) for _ in range(clients)]
     seen = [images(seed) for seed in range(5)]
     batches: list[int] = []
@@ -117,6 +119,7 @@ def throughput(served: Served, clients: int, decisions: int) -> tuple[float, flo
     def drive(remote: RemotePolicy, number: int, count: int, keep: Callable[[int], None]) -> None:
         for step in range(count):
             keep(remote.infer(seen[(number + step) % len(seen)])["server_timing"]["batch"])
+            time.sleep(acting_s)
 
     for number, remote in enumerate(remotes):  # past the point where the history is full: from there on all decisions cost the same
         remote.reset(PROMPT)
@@ -175,7 +178,7 @@ def bytes_of(observations: list[dict[str, np.ndarray]], tokenizer: EdgeTokenizer
 def same_decisions(policy: str, observations: list[dict[str, np.ndarray]], tokenizer: EdgeTokenizer) -> tuple[int, int]:
     """How many decisions from ids are those from pixels, and of how many."""
     same = 0
-    with serve(policy) as served:
+    with serve(policy, "deadline_ms=120000") as served:
         pixels, ids = RemotePolicy(served.address), RemotePolicy(served.address, tokenizer=tokenizer, packed=True)
         for remote in (pixels, ids):
             remote.reset(PROMPT)
@@ -193,16 +196,17 @@ def main(policy: str = policies.SHIPPED, clients: int = 8, decisions: int = 20, 
         f"serving adds {np.percentile(added, 50):.2f} ms at the median, {np.percentile(added, 99):.2f} at p99, {added.min():.2f} at least "
         f"(bar {OVERHEAD_BAR_MS} ms); {cpu_ms:.2f} ms of processor time on both sides"
     )
-    with serve(policy, f"threads={threads}") as served:
-        one, many = [], []
-        for _ in range(rounds):
-            one.append(throughput(served, 1, decisions))
-            many.append(throughput(served, clients, decisions))
-    for number, measured in ((1, one), (clients, many)):
-        clock, cpu, batch = np.median(measured, axis=0)
-        print(f"{policy}, {number} clients: {clock:.2f} answers/s by the clock, {cpu:.2f} of processor time, {batch:.1f} a batch")
-    ratios = np.median(many, axis=0) / np.median(one, axis=0)
-    print(f"{clients} clients over one: {ratios[0]:.2f} by the clock, {ratios[1]:.2f} by processor time (bar {THROUGHPUT_BAR})")
+    with serve(policy, f"threads={threads}", "deadline_ms=120000") as served:
+        for said, acting_s in (("asking at once", 0.0), ("acting between", CHUNK / CONTROL_HZ)):
+            one, many = [], []
+            for _ in range(rounds):
+                one.append(throughput(served, 1, decisions, acting_s))
+                many.append(throughput(served, clients, decisions, acting_s))
+            for number, measured in ((1, one), (clients, many)):
+                clock, cpu, batch = np.median(measured, axis=0)
+                print(f"{number} clients, {said}: {clock:.2f} answers/s by the clock, {cpu:.2f} of processor time, {batch:.1f} a batch")
+            ratios = np.median(many, axis=0) / np.median(one, axis=0)
+            print(f"  {clients} over one: {ratios[0]:.2f} by the clock, {ratios[1]:.2f} by processor time (bar {THROUGHPUT_BAR})")
     folder = policies.checkpoint_folder(policy)
     tokenizer, seen = EdgeTokenizer(folder / "vision_tokenizer"), frames(12)
     sizes = bytes_of(seen, tokenizer)
