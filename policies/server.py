@@ -132,21 +132,22 @@ class _Request:
 class _Client:
     """One connection's session and what it was told.
 
-    said: the last prompt that came; prompt: that which the session was reset with. forget: the session's past is not what its arm did.
+    said: the last prompt that came; prompt: that which the session was reset with. forget: the session's past is not what its arm did;
+    adrift: nor is the arm where the session believes it to be.
     """
 
     def __init__(self, session: Policy):
         self.session = session
         self.said = self.prompt = self.task = ""
         self.seed: int | None = None
-        self.new = self.forget = True
+        self.adrift = self.forget = True
         self.answered_s = float("-inf")
 
     def decide_on(self, control: dict[str, Any]) -> None:
         """Bring the session to where this request expects it. Runs in the deciding thread; raises what the policy raises."""
-        if (self.new or control.get(wire.BEGIN_CHAIN)) and hasattr(self.session, "begin_chain"):
+        if (self.adrift or control.get(wire.BEGIN_CHAIN)) and hasattr(self.session, "begin_chain"):
             self.session.begin_chain()
-        self.new = False
+        self.adrift = False
         prompt = control.get(wire.PROMPT, self.prompt)
         if self.forget or control.get(wire.RESET) or prompt != self.prompt:
             self.forget = True  # until the reset went well
@@ -361,7 +362,7 @@ class PolicyServer:
         for request, outcome in zip(batch, outcomes, strict=True):
             request.client.answered_s = now
             if request.dropped:
-                request.client.forget = True
+                request.client.adrift = request.client.forget = True
             elif request.answer.cancelled():  # the server is being stopped
                 continue
             elif isinstance(outcome, ServingError):

@@ -38,7 +38,7 @@ class ServeConfig(ServerOptions):
 
     policy: str = policies.SHIPPED  # expert, zero, random, a shipped name, or a checkpoint folder
     policy_options: PolicyOptions = field(default_factory=PolicyOptions)
-    threads: int | None = None  # of the policy's arithmetic; as many cores as nobody else uses
+    threads: int | None = None  # of a checkpoint's arithmetic; as many as there are cores that nobody else uses
     env: EnvConfig = field(default_factory=EnvConfig)  # the expert wants to know the scene
     token_file: str = ""  # holds what clients must show; empty: that in EMU3_VLA_TOKEN, and none without it
     seconds: float = 0.0  # serve so long; 0: until interrupted
@@ -64,9 +64,9 @@ class ServeConfig(ServerOptions):
 
     def make_policy(self) -> policies.Policy:
         """The policy, anew."""
-        if self.threads is not None and policies.checkpoint_folder(self.policy):
-            return policies.load(self.policy, **self.policy_options.given(), threads=self.threads)
-        return load_policy(self.policy, self.env, self.policy_options)
+        if self.threads is None:
+            return load_policy(self.policy, self.env, self.policy_options)
+        return policies.load(self.policy, **self.policy_options.given(), threads=self.threads)
 
 
 def main(config: ServeConfig) -> None:

@@ -108,6 +108,7 @@ def test_a_token_is_never_written_down(tmp_path):
         (["keys=[image:rgb]"], "keys: 'image:rgb', expected <their name>:<ours>"),
         (["policy=zero", "tls_certificate=none.pem", "tls_key=none.pem"], "tls_certificate=none.pem"),
         (["policy=zero", "policy_options.history=1"], "its options: none"),
+        (["policy=expert", "threads=2"], "unexpected keyword argument 'threads'; its options: scene"),
     ],
 )
 def test_wrong_options_are_one_line(options, said, tmp_path, capsys, monkeypatch):

@@ -358,6 +358,7 @@ def test_deadlines_name_what_became_of_the_subtask():
         assert "nothing was decided" in said[0] and "past is forgotten" in said[1]
         assert answer_of(waiting.infer(seen()))[1] == 2, "nothing was asked of the policy, so it goes on"
         assert answer_of(slow.infer(seen()))[1] == 1, "its decision was made and not executed, so it begins anew"
+        assert policy.told.count((0, "begin_chain")) == 2 and policy.told.count((1, "begin_chain")) == 1, "its arm is elsewhere, too"
         assert server.figures.errors == {"DeadlineExceeded": 2}
         slow.close(), waiting.close()
 
