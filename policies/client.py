@@ -108,6 +108,8 @@ class RemotePolicy:
         """
         if not instruction or not instruction.strip():
             raise ValueError("the instruction is empty; a policy needs a sentence")
+        if self._connection is not None and self._connection.close_code is not None:  # the server went while nothing was asked
+            self._drop()
         if self._connection is None:
             self._connect()
         self._prompt = instruction
