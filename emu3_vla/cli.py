@@ -37,6 +37,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compare": ("eval.compare:CompareConfig", "two evaluations of the same chains, paired: is the difference real?"),
     "report": ("eval.report:ReportConfig", "an evaluation's page anew, beside others with --compare=<results>"),
     "rollout": ("eval.rollout:RolloutConfig", "one chain, with video and a Rerun recording"),
+    "serve": ("emu3_vla.commands.serve:ServeConfig", "a policy over websockets, as openpi's client speaks to it"),
     "export": ("emu3_vla.export:ExportConfig", "write a checkpoint in Transformers' or Llama's layout, for other programs"),
     "doctor": ("emu3_vla.commands.doctor:DoctorConfig", "check this installation; --fetch-assets downloads calvin_env's assets"),
 }

@@ -21,10 +21,13 @@ import torch
 
 from action_tokenizer.dct import quantize
 from emu3_vla.checkpoint import load
+from emu3_vla.checkpoint.folder import VISION
+from emu3_vla.data.tokens import content_hash
 from emu3_vla.documents import ActionChunk, Image, Segment, Text, collate, length_of
 from emu3_vla.generation.actions import ActionWriter
 from emu3_vla.generation.cache import CachedSequence, CachedTrunk
 from envs.spec import GRIPPER_CLOSE, GRIPPER_OPEN
+from policies.codes import checked_codes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -40,6 +43,7 @@ class Emu3Policy:
 
     history: past chunks shown. temperature: 0 takes the likeliest action id, above 0 draws, seeded by `reset`. Both default to what
     policy.yaml says.
+    vision_tokenizer: what code ids must fit that come in the place of images; see policies.codes.
     threads: of this process's tensor operations, which is process-wide; several simulators on one machine want 1 each.
     dtype: "float32" or "bfloat16", of the model's arithmetic.
     Raises what emu3_vla.load raises, and ValueError for an option that cannot be.
@@ -68,6 +72,11 @@ class Emu3Policy:
             raise ValueError(f"history is {history}, expected 0 to {settings.trained_history}: {folder} was trained with no more")
         self.name = Path(folder).resolve().name
         self.requires = frozenset(grid.name for grid in vocabulary.images)
+        self.vision_tokenizer = {
+            "fingerprint": content_hash(self.checkpoint.folder / VISION),
+            "codebook_size": vocabulary.codebook_size,
+            "grids": {grid.name: [grid.rows, grid.columns] for grid in vocabulary.images},
+        }
         self.seed = seed
         self._shape = {"horizon": settings.horizon, "action_dim": settings.action_dim}
         grammar = self.checkpoint.action_tokenizer.grammar(**self._shape)
@@ -193,11 +202,15 @@ class Session:
         self.generator.set_state(state[1])
 
     def look(self, observation: dict[str, np.ndarray]) -> list[Image]:
-        """Codes of the cameras' images, in stream order."""
+        """Codes of the cameras' images, in stream order; where an observation has the codes, those."""
         if self._text is None:
             raise ValueError("infer was called before reset; tell the policy the instruction first")
         checkpoint, images = self.policy.checkpoint, []
+        given = checked_codes(observation, self.policy.vision_tokenizer)
         for grid in checkpoint.vocabulary.images:
+            if grid.name in given:
+                images.append(Image(grid.name, given[grid.name].astype(np.int64)))
+                continue
             if grid.name not in observation:
                 raise ValueError(f"the observation has no {grid.name!r}, only {', '.join(sorted(observation))}; this policy requires it")
             codes = checkpoint.vision_tokenizer.encode_camera(grid.name, np.asarray(observation[grid.name])[None])
