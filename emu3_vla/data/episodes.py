@@ -308,7 +308,9 @@ class Blocks:
         filled = total = 0
         for block in self.blocks:
             if block.dtype != waiting.dtype or block.shape[1:] != self.shape[1:]:
-                raise ValueError(f"a block is {block.dtype} {block.shape}, expected {self.dtype} (n, {', '.join(map(str, self.shape[1:]))})")
+                raise ValueError(
+                    f"a block is {block.dtype} {block.shape}, expected {self.dtype} (n, {', '.join(map(str, self.shape[1:]))})"
+                )
             total += len(block)
             while len(block) and total <= self.shape[0]:
                 taken = block[: len(waiting) - filled]
@@ -363,8 +365,7 @@ def open_shard(path: Path, format: str, schema: int, error: type[ValueError]) ->
         raise error(f"{path} cannot be opened as a Zarr group ({problem}); delete that shard and make it again") from problem
     if group.attrs.get("format") != format or group.attrs.get("schema") != schema:
         raise error(
-            f"{path} is of format {group.attrs.get('format')!r} and schema {group.attrs.get('schema')!r}, "
-            f"expected {format!r} and {schema}"
+            f"{path} is of format {group.attrs.get('format')!r} and schema {group.attrs.get('schema')!r}, expected {format!r} and {schema}"
         )
     return group
 

@@ -65,7 +65,9 @@ def test_shard_of_zero_images_and_no_frames_round_trips(tmp_path):
 
 def test_recordings_of_real_arms_lack_the_scene_and_bring_more(tmp_path):
     real = [
-        dataclasses.replace(make_episode(seed), scene_obs=None, extra={"force": np.arange(23.0) + seed, "state": np.ones((23, 2), np.int32)})
+        dataclasses.replace(
+            make_episode(seed), scene_obs=None, extra={"force": np.arange(23.0) + seed, "state": np.ones((23, 2), np.int32)}
+        )
         for seed in range(2)
     ]
     store = EpisodeStore.create(tmp_path, {})
@@ -93,7 +95,9 @@ def test_frames_may_come_in_blocks_and_lie_in_several_files(tmp_path, monkeypatc
     counted = dataclasses.replace(
         episode, **{name: np.broadcast_to(np.uint8(0), getattr(episode, name).shape) for name in ("rgb_static", "rgb_gripper")}
     )
-    streamed.write_shard(0, [counted], frames={name: np.split(getattr(episode, name), [5, 5, 30]) for name in ("rgb_static", "rgb_gripper")})
+    streamed.write_shard(
+        0, [counted], frames={name: np.split(getattr(episode, name), [5, 5, 30]) for name in ("rgb_static", "rgb_gripper")}
+    )
     assert_same(episode, streamed.read_shard(0)[0])
     files = [path.relative_to(held.path) for path in sorted(held.path.rglob("*")) if path.is_file()]
     assert len([file for file in files if "rgb_static/c" in str(file)]) == 3
