@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "collect": ("emu3_vla.commands.collect:CollectConfig", "scripted expert's episodes, with disturbances, into an episode store"),
     "train-tokenizer": ("emu3_vla.vision_tokenizer.train:TrainTokenizerConfig", "train a vision tokenizer on an episode store"),
     "eval-tokenizer": ("emu3_vla.vision_tokenizer.evaluate:EvalTokenizerConfig", "how good vision tokenizers are, side by side"),
+    "convert": ("emu3_vla.data.recordings.convert:ConvertConfig", "recordings of CALVIN, LeRobot and our own, any into any"),
     "tokenize": ("emu3_vla.data.tokenize:TokenizeConfig", "episode store → token store"),
     "compare-action-tokenizers": (
         "action_tokenizer.compare:CompareConfig",

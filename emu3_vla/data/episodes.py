@@ -158,6 +158,11 @@ class EpisodeStore:
         group = self._group(index)
         return [name for name in STEP_ARRAYS if name != SCENE or SCENE in group], list(group.attrs.get("extra", []))
 
+    def extra_types(self, index: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Of each `extra` of shard `index`: dtype and shape of one step's value, without reading it."""
+        group, names = self._group(index), self.step_arrays(index)[1]
+        return {name: (str(group[EXTRA + name].dtype), tuple(group[EXTRA + name].shape[1:])) for name in names}
+
     def read_columns(self, index: int, names: Sequence[str]) -> list[dict[str, np.ndarray]]:
         """Only the arrays `names` (fields of envs.spec.Episode) of every episode of shard `index`. Raises EpisodeStoreError."""
         group, path = self._group(index), self.shard_path(index)
