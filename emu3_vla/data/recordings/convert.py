@@ -103,7 +103,7 @@ def main(config: ConvertConfig) -> None:
         return
     else:
         record["losses"] = earlier["losses"]
-    _write_parts(config, parts)
+    _write_parts(config, source, target, parts)
     written = [(part, json.loads(_part_file(folder, part).read_text())) for part in parts]
     target.finish(written)
     write_text_atomic(folder / RECORD, json.dumps(record | {"finished": True}, indent=1, ensure_ascii=False))
@@ -163,7 +163,7 @@ def _merged(source: Chosen, target: Target) -> list[str]:
 
 
 def survey(source: Chosen) -> list[str]:
-    """Losses that only the numbers show: clipped actions, clocks. Also raises for actions that are not finite, before anything is written."""
+    """Losses that only the numbers show: clipped actions, clocks. Raises for actions that are not finite, before anything is written."""
     mapped = source.source if isinstance(source.source, MappedSource) else None
     if source.format == "calvin" and mapped and mapped.mapping.actions.kind == "copy":
         return []  # a file a step: looking twice would double the time, and nothing here can depend on the numbers
@@ -234,7 +234,7 @@ def _part_file(folder: Path, part: Part) -> Path:
     return folder / PARTS / f"{part.number:06d}.json"
 
 
-def _write_parts(config: ConvertConfig, parts: list[Part]) -> None:
+def _write_parts(config: ConvertConfig, source: Chosen, target: Target, parts: list[Part]) -> None:
     """Parts that are not there yet, with a live bar."""
     folder = Path(config.output_dir)
     missing = [part for part in parts if not _part_file(folder, part).exists()]
@@ -242,23 +242,27 @@ def _write_parts(config: ConvertConfig, parts: list[Part]) -> None:
     with _progress("convert", "steps") as progress:
         total = sum(steps.values())
         bar = progress.add_task("", total=total, completed=total - sum(steps[part.number] for part in missing))
-        jobs = [(config, part) for part in missing]
         if config.workers == 1:
-            for number in map(_write_part, jobs):
-                progress.update(bar, advance=steps[number])
+            for part in missing:
+                _write_part(folder, source, target, part)
+                progress.update(bar, advance=steps[part.number])
             return
         os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")  # for the workers
         with multiprocessing.get_context("spawn").Pool(min(config.workers, max(1, len(missing)))) as pool:
-            for number in pool.imap_unordered(_write_part, jobs):
+            for number in pool.imap_unordered(_write_there, [(config, part) for part in missing]):
                 progress.update(bar, advance=steps[number])
 
 
-def _write_part(job: tuple[ConvertConfig, Part]) -> int:
-    """Write one part and then its record, which says that it is there; returns its number."""
-    config, part = job
-    source, target = _opened(config)
+def _write_part(folder: Path, source: Chosen, target: Target, part: Part) -> None:
+    """Write one part and then its record, which says that it is there."""
     written = target.write_part(part, _recordings(source, part))
-    write_text_atomic(_part_file(Path(config.output_dir), part), json.dumps(written))
+    write_text_atomic(_part_file(folder, part), json.dumps(written))
+
+
+def _write_there(job: tuple[ConvertConfig, Part]) -> int:
+    """The same in a worker process; returns the part's number."""
+    config, part = job
+    _write_part(Path(config.output_dir), *_opened(config), part)
     return part.number
 
 

@@ -73,7 +73,8 @@ class LeRobotSource:
         self.info = read_json(path / INFO)
         self.losses: list[str] = []
         self.ours = read_json(path / OURS) if (path / OURS).is_file() else None
-        self._videos, self._images = [], []
+        self.video_keys: list[str] = []
+        self.image_keys: list[str] = []
         self.tasks, self.lengths, self.told = self._read_metadata()
         self._check_totals()
         self.schema = self._schema()
@@ -107,7 +108,7 @@ class LeRobotSource:
                 if facts.get("video.is_depth_map") or facts.get("is_depth_map"):
                     self.losses.append(f"{key}: depth video is not carried")
                     continue
-                (self._videos if kind == "video" else self._images).append(key)
+                (self.video_keys if kind == "video" else self.image_keys).append(key)
                 cameras[key] = _picture(shape, feature.get("names"))
             elif key in PLACE:
                 continue
@@ -180,7 +181,7 @@ class LeRobotSource:
     def _frames(self, number: int, camera: str, frame_step: np.ndarray, where: str) -> Iterator[np.ndarray]:
         key = IMAGES + camera if self.schema.canonical else camera
         length = self.lengths[number]
-        if key in self._images:
+        if key in self.image_keys:
             return blocks_of(_decoded(self._rows(number), key, where))
         path, first = self.video(number, key)
         blocks = read_video(path, first, length, self.schema.rate_hz, where)
