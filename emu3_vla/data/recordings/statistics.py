@@ -26,27 +26,22 @@ class PictureStatistics:
     def __init__(self, length: int):
         self.chosen = np.unique(np.linspace(0, length - 1, min(length, MOST_FRAMES)).round().astype(int))
         self.step = 0
-        self.sums, self.squares = np.zeros(3), np.zeros(3)
-        self.low, self.high = np.full(3, np.inf), np.full(3, -np.inf)
-        self.pixels = 0
+        self.counts = np.zeros((3, 256), np.int64)  # pixels of each value
 
     def see(self, block: np.ndarray) -> None:
         local = self.chosen[(self.chosen >= self.step) & (self.chosen < self.step + len(block))] - self.step
         self.step += len(block)
-        if not len(local):
-            return
         coarse = max(1, max(block.shape[1:3]) // LARGEST_SIDE)
-        values = block[local, ::coarse, ::coarse].reshape(-1, 3) / np.float32(255)
-        self.sums += values.sum(axis=0, dtype=np.float64)
-        self.squares += (values**2).sum(axis=0, dtype=np.float64)
-        self.low, self.high = np.minimum(self.low, values.min(axis=0)), np.maximum(self.high, values.max(axis=0))
-        self.pixels += len(values)
+        for channel in range(3):
+            self.counts[channel] += np.bincount(block[local, ::coarse, ::coarse, channel].ravel(), minlength=256)
 
     def result(self) -> dict[str, list]:
-        mean = self.sums / self.pixels
-        std = np.sqrt(np.maximum(self.squares / self.pixels - mean**2, 0))
-        shaped = {"min": self.low, "max": self.high, "mean": mean, "std": std}
-        return {name: values.reshape(3, 1, 1).tolist() for name, values in shaped.items()} | {"count": [len(self.chosen)]}
+        values, pixels = np.arange(256) / 255, self.counts.sum(axis=1)
+        mean = self.counts @ values / pixels
+        std = np.sqrt(np.maximum(self.counts @ values**2 / pixels - mean**2, 0))
+        seen = self.counts > 0
+        shaped = {"min": values[seen.argmax(axis=1)], "max": values[255 - seen[:, ::-1].argmax(axis=1)], "mean": mean, "std": std}
+        return {name: numbers.reshape(3, 1, 1).tolist() for name, numbers in shaped.items()} | {"count": [len(self.chosen)]}
 
 
 def joined(statistics: list[dict[str, dict[str, list]]]) -> dict[str, dict[str, list]]:
