@@ -1,6 +1,6 @@
 """Run by LeRobot's own interpreter: read a dataset through LeRobot and write down what it gives.
 
-    <python with lerobot> tests/data/lerobot_reader.py <dataset folder> <output.npz>
+<python with lerobot> tests/data/lerobot_reader.py <dataset folder> <output.npz>
 """
 
 import importlib.metadata

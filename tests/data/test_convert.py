@@ -46,7 +46,9 @@ def test_our_episodes_survive_lerobot_and_back(store, tmp_path, format):
     for left, right in zip(all_episodes(store.path), all_episodes(tmp_path / "back"), strict=True):
         assert (left.task, left.instruction, left.info) == (right.task, right.instruction, right.info)
         for name in ("actions", "robot_obs", "scene_obs", "imitate", "frame_step"):
-            assert np.array_equal(getattr(left, name), getattr(right, name)) and getattr(left, name).dtype == getattr(right, name).dtype, name
+            assert np.array_equal(getattr(left, name), getattr(right, name)) and getattr(left, name).dtype == getattr(right, name).dtype, (
+                name
+            )
         assert decibels(left.rgb_static, right.rgb_static) > 32 and decibels(left.rgb_gripper, right.rgb_gripper) > 30
     assert EpisodeStore.open(tmp_path / "back").metadata == {"scene": "D", "seed": 0, "rate_hz": 30.0}
 
@@ -70,7 +72,9 @@ def test_foreign_datasets_pass_between_versions_unchanged(tmp_path, first, secon
     assert features[0] == features[1] == features[2]
     for name in ("second", "third"):
         source = open_dataset(tmp_path / name)
-        assert source.lengths == arm.lengths and source.told == arm.told and source.schema.rate_hz == 15 and source.schema.robot == "foreign"
+        assert (
+            source.lengths == arm.lengths and source.told == arm.told and source.schema.rate_hz == 15 and source.schema.robot == "foreign"
+        )
         for number in range(3):
             given, found = arm.read(number), source.read(number)
             assert found.instructions == given.instructions and np.array_equal(found.instruction_of, given.instruction_of)
@@ -175,7 +179,9 @@ def test_a_mapped_arm_becomes_our_episodes(tmp_path):
         assert np.allclose(episode.robot_obs[0, :4], [0.3, 0.0, 0.4, np.pi - 0.05], atol=1e-6) and episode.robot_obs[0, 6] == 0.08
         assert np.isnan(episode.robot_obs[:, 7:]).all() and episode.scene_obs is None and episode.imitate.all()
         assert episode.task == episode.instruction == "pick it up" and np.array_equal(episode.frame_step, np.arange(arm.lengths[number]))
-        assert np.array_equal(episode.extra["source.action"], arm.read(number).columns["action"]) and episode.extra["source.grid"].shape[1:] == (2, 3)
+        assert np.array_equal(episode.extra["source.action"], arm.read(number).columns["action"]) and episode.extra["source.grid"].shape[
+            1:
+        ] == (2, 3)
     convert(tmp_path / "out", "lerobot_v2.1", tmp_path / "there")
     convert(tmp_path / "there", "zarr", tmp_path / "back")
     for left, right in zip(episodes, all_episodes(tmp_path / "back"), strict=True):

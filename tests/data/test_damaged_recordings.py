@@ -50,7 +50,7 @@ def test_a_parquet_file_cut_short_is_named(arm, tmp_path):
 def test_a_missing_and_a_short_video_are_named(tmp_path, version):
     arm = ForeignArm(lengths=[12, 10]).write(tmp_path / "arm", version, steps_per_part=10)
     other = ForeignArm(lengths=[12, 6]).write(tmp_path / "other", version, steps_per_part=10)
-    video = max((path.relative_to(arm) for path in arm.glob("videos/**/*.mp4") if "front" in str(path)))
+    video = max(path.relative_to(arm) for path in arm.glob("videos/**/*.mp4") if "front" in str(path))
     (arm / video).write_bytes((other / video).read_bytes())
     with pytest.raises(RecordingError, match=rf"episode 1 of .*{video.name} ends after 6 of its 10 frames"):
         run(arm, "lerobot_v3.0", tmp_path / "short")
@@ -132,11 +132,15 @@ def test_unknown_formats_and_folders_are_named(arm, tmp_path):
 
 
 def test_a_foreign_dataset_needs_a_mapping_that_fits(arm, tmp_path):
-    with pytest.raises(MappingError, match=r"cameras observation\.images\.front, .* say with mapping= which of them is what .* to write zarr"):
+    with pytest.raises(
+        MappingError, match=r"cameras observation\.images\.front, .* say with mapping= which of them is what .* to write zarr"
+    ):
         run(arm, "zarr", tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="mapping=droidd is no file and no preset; did you mean droid?"):
         run(arm, "zarr", tmp_path / "out", mapping="droidd")
-    with pytest.raises(MappingError, match="mapping droid: cameras.rgb_static.key is 'observation.images.exterior_1_left', which is no camera"):
+    with pytest.raises(
+        MappingError, match="mapping droid: cameras.rgb_static.key is 'observation.images.exterior_1_left', which is no camera"
+    ):
         run(arm, "zarr", tmp_path / "out", mapping="droid")
     with pytest.raises(ValueError, match="skip=7: .* has episodes 0 to 1"):
         run(arm, "lerobot_v3.0", tmp_path / "out", skip=(7,))

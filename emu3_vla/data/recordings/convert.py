@@ -48,7 +48,7 @@ class ConvertConfig:
     target_format: str
     """calvin, lerobot_v2.1, lerobot_v3.0 or zarr."""
     mapping: str = ""
-    """Which key is what: a YAML file, or a preset of configs/mapping. Needed where a foreign LeRobot dataset becomes our own episodes."""
+    """Which key is what: a YAML file, or a preset of configs/mappings. Needed where a foreign LeRobot dataset becomes our own episodes."""
     skip: tuple[int, ...] = ()
     """Episodes to leave out, by their number in the source."""
     steps_per_part: int = 0

@@ -1,4 +1,4 @@
-"""Which key of a dataset is what: cameras, actions, state, units, in one YAML file. Presets lie in configs/mapping.
+"""Which key of a dataset is what: cameras, actions, state, units, in one YAML file. Presets lie in configs/mappings.
 
     cameras:
       rgb_static: {key: observation.images.front, fit: crop}
@@ -146,8 +146,8 @@ class Mapping:
 
 
 def load_mapping(name: str) -> tuple[Mapping, str]:
-    """A preset of configs/mapping by its name, or a YAML file; and its text. Raises MappingError, FileNotFoundError."""
-    folder = importlib.resources.files("configs") / "mapping"
+    """A preset of configs/mappings by its name, or a YAML file; and its text. Raises MappingError, FileNotFoundError."""
+    folder = importlib.resources.files("configs") / "mappings"
     presets = sorted(path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))
     if name in presets:
         text = (folder / f"{name}.yaml").read_text()
