@@ -16,7 +16,8 @@ from emu3_vla.data.recordings.recording import Recording, RecordingError, Schema
 from emu3_vla.data.recordings.video import video_facts
 
 FROZEN_S = 1.0  # a picture that stands so long
-FROZEN_LEVELS = 0.35  # and differs by less than this from frame to frame [grey levels, mean]: what a codec makes of the same picture
+CHANGED_LEVELS = 12  # a pixel that differs by more from one frame to the next has changed: less is the codec
+CHANGED_SHARE = 0.002  # of the pixels; fewer that change are no motion
 MOVED = 0.05  # while some state changes by this share of its range
 JUMP_TIMES = 12.0  # a step so many times its entry's larger ones (95th percentile)
 JUMP_SHARE = 0.15  # and at least this share of the episode's range
@@ -122,8 +123,8 @@ def _jump(values: np.ndarray) -> int | None:
 
 
 def _frozen(recording: Recording, schema: Schema, camera: str, number: int) -> Iterator[Finding]:
-    changes = np.concatenate([[np.inf], *_changes(recording, camera)])[: len(recording.frame_step)]
-    still = changes < FROZEN_LEVELS
+    changes = np.concatenate([[1.0], *_changes(recording, camera)])
+    still = changes <= CHANGED_SHARE
     for start, end in _runs(still):
         first, last = int(recording.frame_step[max(start - 1, 0)]), int(recording.frame_step[end - 1])
         seconds = (last - first) / schema.rate_hz
@@ -133,12 +134,12 @@ def _frozen(recording: Recording, schema: Schema, camera: str, number: int) -> I
 
 
 def _changes(recording: Recording, camera: str) -> Iterator[np.ndarray]:
-    """Mean difference of each frame from the one before it, but of the first."""
+    """Share of the pixels that change from each frame to the next."""
     last = None
     for block in recording.frames(camera):
         coarse = block[:, ::COARSE, ::COARSE].astype(np.int16)
         joined = coarse if last is None else np.concatenate([last, coarse])
-        yield np.abs(np.diff(joined, axis=0)).mean(axis=(1, 2, 3))
+        yield (np.abs(np.diff(joined, axis=0)).max(axis=3) > CHANGED_LEVELS).mean(axis=(1, 2))
         last = coarse[-1:]
 
 
