@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -59,8 +58,8 @@ def measure_all() -> None:
         folder = Path(temporary)
         steps = write_store(folder / "zarr", arguments.steps)
         print(f"{steps} steps\n{'from':<13} {'to':<13} {'video':<22} {'frames/s':>9} {'memory':>8} {'kB/step':>8}")
-        for source, target, video in DIRECTIONS:
-            out = folder / (f"{target}_from_{source}" if (folder / target).exists() or video or source == target else target)
+        for number, (source, target, video) in enumerate(DIRECTIONS):
+            out = folder / (target if not (folder / target).exists() else f"{number}")
             command = [sys.executable, __file__, "--child", str(folder / source), target, str(out), json.dumps(video)]
             result = subprocess.run(command, check=True, capture_output=True, text=True)
             figures = json.loads(result.stdout.splitlines()[-1])
@@ -77,11 +76,17 @@ def measure(source: str, target: str, out: str, video: str) -> dict[str, float]:
     import av  # noqa: F401  so that it is not counted
     import pyarrow.parquet  # noqa: F401
 
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    base = _resident("VmRSS")
     Path(out).mkdir()
     began = time.process_time()
     main(ConvertConfig(source=source, target_format=target, output_dir=out, video=VideoConfig(**json.loads(video))))
-    return {"cpu_s": time.process_time() - began, "memory": 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base)}
+    return {"cpu_s": time.process_time() - began, "memory": _resident("VmHWM") - base}
+
+
+def _resident(field: str) -> int:
+    """Bytes; VmRSS is now, VmHWM the peak since the process began."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def write_store(folder: Path, steps: int) -> int:
