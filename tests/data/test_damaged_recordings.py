@@ -126,6 +126,9 @@ def test_unknown_formats_and_folders_are_named(arm, tmp_path):
     edit(arm / "meta/info.json", lambda info: info.update(codebase_version="v1.6"))
     with pytest.raises(RecordingError, match="is a LeRobot dataset of version 'v1.6', expected one of v2.1, v2.0, v3.0"):
         detect(arm)
+    edit(arm / "meta/info.json", lambda info: info.update(codebase_version="v2.1", fps=None))
+    with pytest.raises(RecordingError, match="info.json lacks fps"):
+        open_dataset(arm)
     (arm / "meta/info.json").write_text("{")
     with pytest.raises(RecordingError, match="info.json is damaged or cut short"):
         detect(arm)

@@ -111,7 +111,7 @@ def test_every_way_of_giving_the_same_motion_gives_the_same_actions():
 def test_copied_actions_are_the_same_bytes():
     actions = np.random.default_rng(0).uniform(-1, 1, (9, 7)).astype(np.float32)
     source = mapped({"a": actions, "s": np.ones((9, 15))}, "actions: {kind: copy, key: a}\nstate: {key: s}")
-    assert source.read(0).columns["actions"].tobytes() == actions.tobytes() and source.clipped(0).max() == 0
+    assert source.read(0).columns["actions"].tobytes() == actions.tobytes() and source.read_uncut(0)[1].max() == 0
     assert [loss for loss in source.losses if "(keep)" in loss] == []
 
 
@@ -119,11 +119,13 @@ def test_long_steps_are_cut_and_counted_or_refused():
     columns = {"a": np.full((9, 3), 0.03), "b": np.zeros((9, 3)), "g": np.zeros(9)}
     text = f"actions: {{kind: relative, position: {{key: a}}, rotation: {{key: b}}, {GRIPPER}}}"
     source = mapped(columns, text)
-    assert np.array_equal(source.read(0).columns["actions"][0], [1, 1, 1, 0, 0, 0, 1]) and np.isclose(source.clipped(0)[0, 0], 0.5)
+    assert np.array_equal(source.read(0).columns["actions"][0], [1, 1, 1, 0, 0, 0, 1]) and np.isclose(source.read_uncut(0)[1][0, 0], 0.5)
     with pytest.raises(RecordingError, match=r"the episode: entry 0 of the action is 1\.500 at step 0, outside \[-1, 1\]; raise"):
         mapped(columns, text[:-1] + ", clip: false}").read(0)
     wider = mapped(columns, text[:-1] + ", clip: false, position_unit_m: 0.04}").read(0)
     assert np.allclose(wider.columns["actions"][0, :3], 0.75)
+    units = mapped(columns, text[:-1] + ", position_unit_m: 0.04}").schema.about
+    assert units == {"actions": {"kind": "tool", "position_unit_m": 0.04, "rotation_unit_rad": 0.05}} and source.schema.about == {}
 
 
 def test_joints_become_how_far_they_go():

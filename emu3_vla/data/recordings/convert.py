@@ -31,7 +31,7 @@ from emu3_vla.data.recordings import calvin, lerobot_v21, lerobot_v30, zarr_stor
 from emu3_vla.data.recordings.formats import named, open_dataset, require_pyarrow
 from emu3_vla.data.recordings.lerobot import CLOCK_TOLERANCE_S
 from emu3_vla.data.recordings.mapped import MappedSource
-from emu3_vla.data.recordings.mapping import ActionMap, MappingError, load_mapping
+from emu3_vla.data.recordings.mapping import MappingError, load_mapping
 from emu3_vla.data.recordings.recording import Part, Recording, RecordingError, Source, Target, is_action, parts_of, require_finite
 from emu3_vla.data.recordings.video import VideoConfig
 
@@ -99,6 +99,7 @@ def main(config: ConvertConfig) -> None:
         (folder / PARTS).mkdir(parents=True, exist_ok=True)
         write_text_atomic(folder / RECORD, json.dumps(record | {"finished": False}, indent=1, ensure_ascii=False))
     elif earlier["finished"]:
+        shutil.rmtree(folder / PARTS, ignore_errors=True)  # all that a kill at the very end leaves
         print(f"{folder} is finished already")
         return
     else:
@@ -118,15 +119,12 @@ def opened(config: ConvertConfig) -> tuple[Chosen, Target]:
         require_pyarrow()
     source: Source = open_dataset(config.source)
     name = config.mapping or _usual_mapping(source, format)
-    about: dict[str, Any] = {}
     if name:
-        mapping = load_mapping(name)[0]
-        source = MappedSource(source, mapping, name)
-        about = _units(mapping.actions)
+        source = MappedSource(source, load_mapping(name)[0], name)
     chosen = Chosen(source, config.skip)
     folder = Path(config.output_dir)
     if format == "zarr":
-        return chosen, zarr_store.Target(folder, chosen.schema, about)
+        return chosen, zarr_store.Target(folder, chosen.schema)
     if format == "calvin":
         return chosen, calvin.Target(folder, chosen.schema)
     layout = lerobot_v21 if format == "lerobot_v2.1" else lerobot_v30
@@ -145,16 +143,6 @@ def _usual_mapping(source: Source, format: str) -> str:
     )
 
 
-def _units(actions: ActionMap) -> dict[str, Any]:
-    """What a store's metadata says of actions that are not the simulator's."""
-    usual = ActionMap(kind="copy", key="actions")
-    names = ("position_unit_m", "rotation_unit_rad")
-    units = {name: getattr(actions, name) for name in names}
-    if actions.kind != "joints" and units == {name: getattr(usual, name) for name in names}:
-        return {}
-    return {"actions": {"kind": "joints" if actions.kind == "joints" else "tool", **units}}
-
-
 def _merged(source: Chosen, target: Target) -> list[str]:
     changed = sum(len(sentences) > 1 for sentences in source.told)
     if not changed or target.format.startswith("lerobot"):
@@ -171,14 +159,12 @@ def survey(source: Chosen) -> list[str]:
     with _progress("look through", "episodes") as progress:
         bar = progress.add_task("", total=len(source.lengths))
         for number, place in enumerate(source.numbers):
-            recording = source.read(number)
+            recording, beyond = mapped.read_uncut(place) if mapped else (source.read(number), np.zeros(0))
             require_finite(recording, [name for name in recording.columns if is_action(name)])
             if recording.time_s is not None:
                 even = np.arange(len(recording)) / source.schema.rate_hz
                 worst_s = max(worst_s, float(np.abs(recording.time_s - recording.time_s[0] - even).max()))
-            if mapped:
-                beyond = mapped.clipped(place)
-                clipped, count, largest = clipped + int((beyond > 0).sum()), count + beyond.size, max(largest, float(beyond.max(initial=0)))
+            clipped, count, largest = clipped + int((beyond > 0).sum()), count + beyond.size, max(largest, float(beyond.max(initial=0)))
             progress.update(bar, advance=1)
     found = []
     if clipped:

@@ -71,6 +71,8 @@ class LeRobotSource:
     def __init__(self, path: Path):
         self.path = path
         self.info = read_json(path / INFO)
+        if missing := [name for name in ("fps", "features", "data_path") if not self.info.get(name)]:
+            raise RecordingError(f"{path / INFO} lacks {', '.join(missing)}")
         self.losses: list[str] = []
         self.ours = read_json(path / OURS) if (path / OURS).is_file() else None
         self.video_keys: list[str] = []

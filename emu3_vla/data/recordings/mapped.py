@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -86,6 +87,7 @@ class MappedSource:
             cameras=cameras,
             every_step=self.source.schema.every_step and self.mapping.frame_stride == 1,
             canonical=True,
+            about=self.source.schema.about | _units(self.mapping.actions),
         )
 
     def _losses(self) -> Iterator[str]:
@@ -122,9 +124,9 @@ class MappedSource:
     def read(self, number: int) -> Recording:
         return self._mapped(self.source.read(number))[0]
 
-    def clipped(self, number: int) -> np.ndarray:
-        """How far the actions of an episode were beyond ±1, before they were cut: (T, 6), at least 0. Raises as `read` does."""
-        return self._mapped(self.source.read(number))[1]
+    def read_uncut(self, number: int) -> tuple[Recording, np.ndarray]:
+        """The same, and how far its actions were beyond ±1 before they were cut: (T, 6), at least 0."""
+        return self._mapped(self.source.read(number))
 
     def _mapped(self, recording: Recording) -> tuple[Recording, np.ndarray]:
         mapping, given = self.mapping, recording.columns
@@ -165,6 +167,16 @@ class MappedSource:
             start += len(block)
             if len(local):
                 yield fitted(local, chosen, size)
+
+
+def _units(actions: ActionMap) -> dict[str, Any]:
+    """What a dataset says of itself where its actions are not the simulator's."""
+    usual = ActionMap(kind="copy", key="actions")
+    names = ("position_unit_m", "rotation_unit_rad")
+    units = {name: getattr(actions, name) for name in names}
+    if actions.kind != "joints" and units == {name: getattr(usual, name) for name in names}:
+        return {}
+    return {"actions": {"kind": "joints" if actions.kind == "joints" else "tool", **units}}
 
 
 def _unknown(name: str, place: str, key: str, known: dict, what: str, path: Path) -> str:

@@ -93,9 +93,9 @@ class Target:
     format = "zarr"
     steps_per_part = 1000  # collected shards are about so large; training holds out whole shards
 
-    def __init__(self, folder: Path, schema: Schema, about: dict[str, Any]):
+    def __init__(self, folder: Path, schema: Schema):
         self.folder, self.schema = folder, schema
-        self.metadata = schema.about | {RATE: schema.rate_hz} | about
+        self.metadata = schema.about | {RATE: schema.rate_hz}
         self.losses: list[str] = []
         for name, expected in STEP_SHAPES.items():
             column = schema.columns.get(name)
