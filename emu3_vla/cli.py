@@ -27,6 +27,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "collect": ("emu3_vla.commands.collect:CollectConfig", "scripted expert's episodes, with disturbances, into an episode store"),
     "train-tokenizer": ("emu3_vla.vision_tokenizer.train:TrainTokenizerConfig", "train a vision tokenizer on an episode store"),
     "eval-tokenizer": ("emu3_vla.vision_tokenizer.evaluate:EvalTokenizerConfig", "how good vision tokenizers are, side by side"),
+    "convert": ("emu3_vla.data.recordings.convert:ConvertConfig", "recordings of CALVIN, LeRobot and our own, any into any"),
+    "inspect": ("emu3_vla.data.recordings.inspection:InspectConfig", "what a dataset of recordings holds, and what in it is suspicious"),
     "tokenize": ("emu3_vla.data.tokenize:TokenizeConfig", "episode store → token store"),
     "compare-action-tokenizers": (
         "action_tokenizer.compare:CompareConfig",
@@ -43,7 +45,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 
-POSITIONAL: dict[str, tuple[str, ...]] = {"compare": ("a", "b"), "doctor": ("checkpoint",), "report": ("results",)}
+POSITIONAL: dict[str, tuple[str, ...]] = {"compare": ("a", "b"), "doctor": ("checkpoint",), "inspect": ("dataset",), "report": ("results",)}
 """Commands whose first arguments may be bare values, and the options that they are."""
 
 
