@@ -121,7 +121,7 @@ class SafetyGuard:
     """Filters the commands of one arm. `reset` before the first, then `filter` once every control period.
 
     pose: where the arm was sent, (6,): tool position [m], and how far it was turned since the reset about each axis [rad].
-    velocity: of that, (6,), per second.
+    velocity: of that, (6,), per second. An arm that says where it was sent is followed: `follow`, before each `filter`.
     """
 
     def __init__(self, options: SafetyOptions):
@@ -142,10 +142,20 @@ class SafetyGuard:
                     f"the arm stands at {axis} = {at:.4f} m, outside the workspace [{low}, {high}] of safety.workspace_m; move it inside "
                     "by hand, or widen the box"
                 )
-        self.pose, self.velocity = pose, np.zeros(6)
+        self.pose, self.velocity, self.start = pose, np.zeros(6), np.asarray(robot_obs, np.float64)[3:6]
         self.gripper = GRIPPER_OPEN if robot_obs[14] > 0 else GRIPPER_CLOSE
         self.repeated = self.without = self.step = 0
         self.stopping = ""
+
+    def follow(self, pose: np.ndarray, held: bool) -> None:
+        """Take over where the arm says that it is sent: (6,), position [m] and Euler angles [rad]; held: and stands still.
+
+        For arms that stop by themselves (their watchdog), after which they are elsewhere than their commands add up to.
+        """
+        turned = pose[3:] - self.start - self.pose[3:]
+        self.pose = np.r_[pose[:3], self.pose[3:] + (turned + np.pi) % (2 * np.pi) - np.pi]
+        if held:
+            self.velocity = np.zeros(6)
 
     def filter(self, command: Any, *, age_s: float = 0.0) -> tuple[np.ndarray, list[SafetyEvent]]:
         """What the arm is to do in this control period: float64 (7,), and what was changed about `command`.
@@ -200,11 +210,13 @@ class SafetyGuard:
         """Advance the pose by the motion nearest to `asked` (action units, (6,)) that the limits allow; that motion, and its clamps."""
         least, most = self._velocities()
         wanted = asked.clip(-LARGEST, LARGEST) * UNIT * CONTROL_HZ
-        self.velocity = wanted.clip(least, np.maximum(least, most))  # the two can cross by a rounding
-        self.pose = self.pose + self.velocity * PERIOD_S
-        given = (self.velocity * PERIOD_S / UNIT).clip(-1, 1)
-        clamped = np.flatnonzero(np.abs(given - asked) > _SAME)
-        return given, [self._clamp(dim, asked[dim], given[dim]) for dim in clamped]
+        allowed = wanted.clip(least, np.maximum(least, most)) * PERIOD_S / UNIT  # the two can cross by a rounding
+        clamped = np.abs(allowed - asked) > _SAME
+        given = np.where(clamped, allowed, asked).clip(-1, 1)
+        events = [self._clamp(dim, asked[dim], given[dim]) for dim in np.flatnonzero(clamped)]
+        self.velocity = given * UNIT * CONTROL_HZ
+        self.pose = self.pose + given * UNIT
+        return given, events
 
     def _velocities(self) -> tuple[np.ndarray, np.ndarray]:
         """Least and greatest velocity (6,) that every limit allows in the coming period.
