@@ -158,7 +158,8 @@ def run_chain(
     env: a CalvinEnv with observe="on_demand". An exception of the simulator or the policy (InvalidAction for an action that may not
     reach an arm) does not propagate: it becomes the result's `error`.
     """
-    rules = Rules(instructions=instructions, max_steps=max_steps, seed=seed, variants=variants or Variants(), safety=safety or SafetyOptions())
+    variants, safety = variants or Variants(), safety or SafetyOptions()
+    rules = Rules(instructions=instructions, max_steps=max_steps, seed=seed, variants=variants, safety=safety)
     steps = chain_steps(env, policy, index, chain, rules, watcher=watcher, start=start)
     try:
         observation = next(steps)
@@ -247,7 +248,7 @@ class _Subtask:
                 chunk = checked_chunk(answer) if self.guard is None else unchecked_chunk(answer)
                 pending.extend(chunk)
                 # Real time went on while the policy decided; a simulation's did not.
-                self.observed_s = self._clock() - _age_s(answer) - (seconds if getattr(env, "realtime", False) else 0.0)
+                self.observed_s = self._clock() - _age_s(answer, seconds if getattr(env, "realtime", False) else 0.0)
                 if len(chunk) and np.shape(chunk[0]) == (ACTION_DIM,):  # else it is broken, and the guard says so
                     self.watcher.decided(answer)
             action = self._action(state, push if pushed else None)
@@ -311,15 +312,15 @@ class _Guarded:
 
 
 def unchecked_chunk(answer: Any) -> list[Any]:
-    """A policy's actions for the guard, which judges them one by one; a malformed chunk is one command, so that the guard says what it is."""
+    """A policy's actions for the guard, which judges them one by one; a malformed chunk is one bad command."""
     actions = answer.get("actions") if isinstance(answer, dict) else None
     rows = list(actions) if isinstance(actions, (list, tuple, np.ndarray)) and np.ndim(actions) else []
     return rows or ["no actions"]
 
 
-def _age_s(answer: Any) -> float:
-    """How long before the answer that was seen which it was decided on; 0 where the policy does not say that it was earlier."""
-    return float(answer.get("age_s", 0.0)) if isinstance(answer, dict) else 0.0
+def _age_s(answer: Any, otherwise: float) -> float:
+    """How long before the answer that was seen which it was decided on, as the policy says, or `otherwise` where it does not."""
+    return float(answer.get("age_s", otherwise)) if isinstance(answer, dict) else otherwise
 
 
 def _at_rest(env: CalvinEnv, result: ChainResult) -> None:

@@ -16,6 +16,7 @@ import policies
 from envs.calvin.scenes import asset_folder, scene_named
 from envs.robot import Arm, RobotEnv, SimulatedArmOptions
 from policies.base import Policy
+from policies.chunking import ChunkedPolicy, ChunkingOptions
 
 if TYPE_CHECKING:
     from envs.calvin import CalvinEnv
@@ -58,6 +59,11 @@ class EnvConfig:
     def own_assets(self) -> bool:
         """Whether the scenes are our own low-polygon ones."""
         return self.simulator != ORIGINAL and not self.assets
+
+    @property
+    def realtime(self) -> bool:
+        """Whether time goes on while a policy decides."""
+        return self.simulator == ROBOT and (self.arm != SIMULATED_ARM or self.simulated_arm.realtime)
 
     @property
     def assets_name(self) -> str:
@@ -131,10 +137,11 @@ class PolicyOptions:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-def load_policy(name: str, env: EnvConfig, options: PolicyOptions | None = None) -> Policy:
-    """The policy called `name`; a policy with privileged knowledge of the scene is told which one it is."""
+def load_policy(name: str, env: EnvConfig, options: PolicyOptions | None = None, chunking: ChunkingOptions | None = None) -> Policy:
+    """The policy called `name`; a policy with privileged knowledge of the scene is told which one it is. chunking: how it acts."""
     told: dict[str, Any] = {"scene": env.scene} if name == "expert" else {}
-    return policies.load(name, **told, **(options.given() if options else {}))
+    policy = policies.load(name, **told, **(options.given() if options else {}))
+    return policy if chunking is None or chunking.plain else ChunkedPolicy(policy, chunking, realtime=env.realtime)
 
 
 def made_arm(dotted: str) -> Arm:

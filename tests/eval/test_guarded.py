@@ -58,7 +58,8 @@ def test_every_intervention_is_in_results_and_recording(tmp_path):
     logged = [(step, text) for step, text in logged if text.startswith("safety: ")]
     assert sorted(step for step, _ in logged) == [event["step"] for event in events]
     first = events[0]
-    assert f"safety: {first['kind']}: {first['dimension']} asked {first['asked']:+.3f}, given {first['given']:+.3f}" in [t for _, t in logged]
+    said = f"safety: {first['kind']}: {first['dimension']} asked {first['asked']:+.3f}, given {first['given']:+.3f}"
+    assert (first["step"], said) in logged
 
 
 def test_the_expert_solves_with_the_guard_and_is_told_what_was_changed(env):
