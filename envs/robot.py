@@ -40,6 +40,7 @@ class SimulatedArmOptions:
     command_delay_s: float = 0.03  # from `command` to the motion
     observation_delay_s: float = 0.03  # from the moment that is seen to the observation's arrival
     observation_jitter_s: float = 0.015  # added to that, uniformly from 0 to this
+    images_every: int = 2  # control periods from one picture to the next: a camera of 15 Hz
     position_noise_m: float = 0.0005  # standard deviation, of the measured tool position and the gripper's width
     angle_noise_rad: float = 0.001  # of the tool's and the joints' measured angles
 
@@ -47,6 +48,8 @@ class SimulatedArmOptions:
         for name in ("command_delay_s", "observation_delay_s", "observation_jitter_s", "position_noise_m", "angle_noise_rad"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"env.simulated_arm.{name}={getattr(self, name)} is outside [0, 1]")
+        if self.images_every < 1:
+            raise ValueError(f"env.simulated_arm.images_every={self.images_every}, expected at least 1")
 
 
 @runtime_checkable

@@ -11,23 +11,33 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from envs.calvin.env import CalvinEnv
 from envs.robot import PERIOD_S, ArmOverrun, ArmStopped, Observation, SimulatedArmOptions
-from envs.spec import GRIPPER_OPEN, MAX_RELATIVE_POSITION_M, MAX_RELATIVE_ROTATION_RAD, ROBOT_OBS, check_action
+from envs.spec import CAMERAS, GRIPPER_OPEN, MAX_RELATIVE_POSITION_M, MAX_RELATIVE_ROTATION_RAD, ROBOT_OBS, check_action
 
 UNIT = np.array([MAX_RELATIVE_POSITION_M] * 3 + [MAX_RELATIVE_ROTATION_RAD] * 3)
+LATELY = 12  # control periods that the arm may lag behind where it was sent
 MOST_QUEUED = 3  # commands that wait at the arm for their period, beyond those still on their way
 _SAME_S = 1e-9  # virtual time is a sum of periods: what is due now may seem due a rounding later
+
+
+class Period(NamedTuple):
+    """One control period. sent: pose (6,) to which the arm is sent; commanded: by a command that came; tool: where it truly is, (6,)."""
+
+    time_s: float
+    sent: np.ndarray
+    commanded: bool
+    tool: np.ndarray
 
 
 class SimulatedArm:
     """See the module's text. env: a CalvinEnv with observe="on_demand", which this arm owns from now on. seed: of noise and jitter.
 
-    log: (time_s, pose (6,) it is sent to, commanded) of every control period since `home`, the arm's own record.
+    log: every control period since `home`, the arm's own record.
     """
 
     name = "simulated"
@@ -50,10 +60,12 @@ class SimulatedArm:
             self._random = np.random.default_rng(self.seed)
             self._inbox: deque[tuple[float, np.ndarray]] = deque()
             self._seen: deque[tuple[float, Observation]] = deque()
+            self._pictures: Observation = {}
             self._looks, self._stopped, self._held = False, False, True
             self._gripper, self._ticks, self._began = GRIPPER_OPEN, 0, True
             self._gripper = float(self.env.state()[ROBOT_OBS][-1])
-            self.log: list[tuple[float, np.ndarray, bool]] = []
+            self.log: list[Period] = []
+            self._lately = deque([self._target()], maxlen=LATELY)
             self.periods = self.idle_periods = 0
             self._started_s = time.monotonic()
             self._capture()
@@ -80,7 +92,8 @@ class SimulatedArm:
             if self._stopped:
                 raise ArmStopped("the arm was stopped; home() releases it")
             now = self._now()
-            if sum(due <= now for due, _ in self._inbox) >= MOST_QUEUED:
+            behind = max(0, int(now / PERIOD_S) - self._ticks)  # periods that this machine still owes the simulation
+            if sum(due <= now for due, _ in self._inbox) >= MOST_QUEUED + behind:
                 raise ArmOverrun(f"{MOST_QUEUED} commands wait for their control period already; send one every {PERIOD_S * 1000:.1f} ms")
             self._inbox.append((now + self.options.command_delay_s, action))
 
@@ -126,17 +139,18 @@ class SimulatedArm:
         return time.monotonic() - self._started_s if self.realtime else self._ticks * PERIOD_S
 
     def _run(self) -> None:
-        due = time.monotonic()
+        """Real time: a machine that was busy elsewhere makes up for the periods it missed, as they would have gone."""
         while not self._closed.is_set():
             with self._lock:
-                if self._began:
+                left_s = (self._ticks + 1) * PERIOD_S - self._now()
+                if left_s <= 0:
                     self._tick()
-            due = max(due + PERIOD_S, time.monotonic())
-            self._closed.wait(due - time.monotonic())
+            if left_s > 0:
+                self._closed.wait(left_s)
 
     def _tick(self) -> None:
         """One control period: carry out the command that is due, or, without one, stand still: this is the arm's watchdog."""
-        now = self._now()
+        now = (self._ticks + 1) * PERIOD_S if self.realtime else self._now()
         arrived = bool(self._inbox) and self._inbox[0][0] <= now + _SAME_S
         if arrived:
             action = self._inbox.popleft()[1]
@@ -149,22 +163,25 @@ class SimulatedArm:
         self._ticks += 1
         self.periods += 1
         self.idle_periods += not arrived
-        self.log.append((now, self._target(), arrived))
-        self._capture()
+        self._lately.append(self._target())
+        self.log.append(Period(now, self._target(), arrived, self.env.state()[ROBOT_OBS][:6]))
+        if not self.realtime or self._now() - now < PERIOD_S:  # no pictures of moments that are over
+            self._capture(images=self._ticks % self.options.images_every == 0)
 
     def _freeze(self) -> None:
-        """Send the arm to where it is."""
-        tool = self.env.state()[ROBOT_OBS]
-        turn = (tool[3:6] - self.simulation.target_euler + np.pi) % (2 * np.pi) - np.pi
-        self.simulation.target_position = tool[:3].copy()
-        self.simulation.target_euler = self.simulation.target_euler + turn
+        """Send the arm to where it is; where it shot past everything to which it was sent lately, only to that."""
+        tool, target = self.env.state()[ROBOT_OBS][:6], self._target()
+        tool[3:] = target[3:] + (tool[3:] - target[3:] + np.pi) % (2 * np.pi) - np.pi
+        pose = tool.clip(np.min(self._lately, axis=0), np.max(self._lately, axis=0))
+        self.simulation.target_position, self.simulation.target_euler = pose[:3].copy(), pose[3:].copy()
         self._held = True
 
     # -- what is seen
 
-    def _capture(self) -> None:
-        """Look now; the observation arrives later."""
-        seen = self.env.observe() if self._looks else self.env.state()
+    def _capture(self, images: bool = True) -> None:
+        """Look now; the observation arrives later. Between two pictures the last one is still there."""
+        seen = self.env.observe() if self._looks and images else {**self._pictures, **self.env.state()}
+        self._pictures = {key: array for key, array in seen.items() if key in CAMERAS}
         delay_s = self.options.observation_delay_s + self._random.uniform(0, self.options.observation_jitter_s)
         arrives = self._now() + delay_s
         if self._seen:  # observations do not overtake each other

@@ -211,8 +211,8 @@ def chain_steps(
                 break
     except Exception as error:  # noqa: BLE001 - nothing is hidden: it is recorded as this chain's error and makes the command fail
         result.error = _describe(error, result)
-    _at_rest(env, result)
     result.acting = _acting(env, policy)
+    _at_rest(env, policy, result)
     result.num_solved = sum(attempt.success for attempt in result.attempts)
     result.steps = sum(attempt.steps for attempt in result.attempts)
     result.seconds = time.perf_counter() - began
@@ -323,14 +323,14 @@ def _age_s(answer: Any, otherwise: float) -> float:
     return float(answer.get("age_s", otherwise)) if isinstance(answer, dict) else otherwise
 
 
-def _at_rest(env: CalvinEnv, result: ChainResult) -> None:
-    """Stop an arm that has to be stopped."""
-    halt = getattr(env, "halt", None)
-    try:
-        if halt is not None:
-            halt()
-    except Exception as error:  # noqa: BLE001 - the chain records it
-        result.error = result.error or _describe(error, result)
+def _at_rest(env: CalvinEnv, policy: Policy, result: ChainResult) -> None:
+    """Stop an arm that has to be stopped, and a decision that nobody waits for any more."""
+    for end in (getattr(env, "halt", None), getattr(policy, "end_chain", None)):
+        try:
+            if end is not None:
+                end()
+        except Exception as error:  # noqa: BLE001 - the chain records it
+            result.error = result.error or _describe(error, result)
 
 
 def _acting(env: CalvinEnv, policy: Policy) -> dict[str, Any]:

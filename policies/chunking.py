@@ -156,6 +156,10 @@ class ChunkedPolicy:
         if begin is not None:
             begin()
 
+    def end_chain(self) -> None:
+        """Nothing more is asked in this chain: what is under way is waited for and dropped."""
+        self._land()
+
     def reset(self, instruction: str, *, task: str | None = None, seed: int | None = None) -> None:
         """See policies.base.Policy. A decision for the subtask before, still on its way, is waited for and dropped."""
         self._land()
@@ -308,7 +312,7 @@ class ChunkedPolicy:
         if self._flight is not None:
             flight, self._flight = self._flight, None
             try:
-                flight.future.exception(timeout=self.options.give_up_s)
+                flight.future.exception(timeout=max(0.0, flight.began_s + self.options.give_up_s - time.monotonic()))
             except NotYet:
                 raise self._given_up() from None
 
