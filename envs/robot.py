@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -83,6 +83,22 @@ class Arm(Protocol):
     def close(self) -> None:
         """Stop and let go of the hardware. Harmless when done twice."""
         ...
+
+
+LATELY = 12
+"""Control periods by which an arm may lag behind where it was sent."""
+
+
+def held_pose(tool: np.ndarray, sent_lately: Sequence[np.ndarray]) -> np.ndarray:
+    """Where to hold an arm whose commands ceased: at `tool` (6,), but within everything to which it was sent lately (newest last).
+
+    An arm that shot past its target a little is not told to stay there, so limits on what it is sent hold for this too. Angles are
+    unwrapped to the newest.
+    """
+    last = sent_lately[-1]
+    pose = np.array(tool, np.float64)
+    pose[3:] = last[3:] + (pose[3:] - last[3:] + np.pi) % (2 * np.pi) - np.pi
+    return pose.clip(np.min(sent_lately, axis=0), np.max(sent_lately, axis=0))
 
 
 class Watchdog:

@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from envs.calvin.env import CalvinEnv
-from envs.robot import PERIOD_S, ArmOverrun, ArmStopped, Observation, SimulatedArmOptions
+from envs.robot import LATELY, PERIOD_S, ArmOverrun, ArmStopped, Observation, SimulatedArmOptions, held_pose
 from envs.spec import CAMERAS, GRIPPER_OPEN, MAX_RELATIVE_POSITION_M, MAX_RELATIVE_ROTATION_RAD, ROBOT_OBS, check_action
 
 UNIT = np.array([MAX_RELATIVE_POSITION_M] * 3 + [MAX_RELATIVE_ROTATION_RAD] * 3)
-LATELY = 12  # control periods that the arm may lag behind where it was sent
 MOST_QUEUED = 3  # commands that wait at the arm for their period, beyond those still on their way
 _SAME_S = 1e-9  # virtual time is a sum of periods: what is due now may seem due a rounding later
 
@@ -169,10 +168,8 @@ class SimulatedArm:
             self._capture(images=self._ticks % self.options.images_every == 0)
 
     def _freeze(self) -> None:
-        """Send the arm to where it is; where it shot past everything to which it was sent lately, only to that."""
-        tool, target = self.env.state()[ROBOT_OBS][:6], self._target()
-        tool[3:] = target[3:] + (tool[3:] - target[3:] + np.pi) % (2 * np.pi) - np.pi
-        pose = tool.clip(np.min(self._lately, axis=0), np.max(self._lately, axis=0))
+        """Send the arm to where it is."""
+        pose = held_pose(self.env.state()[ROBOT_OBS][:6], self._lately)
         self.simulation.target_position, self.simulation.target_euler = pose[:3].copy(), pose[3:].copy()
         self._held = True
 
