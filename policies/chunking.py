@@ -46,7 +46,7 @@ class ChunkingOptions:
     execute: int | None = None  # steps of each chunk before the next takes over; null: all
     ensemble: float | None = None  # ACT's temporal ensembling: chunks that overlap are averaged, weighted by exp(-ensemble * age rank)
     late: str = HOLD  # what the arm does while a decision is late: hold (keep the pose), wait (get no command) or stop (end the run)
-    give_up_s: float = 10.0  # a decision that takes longer ends the run, whatever `late` says
+    give_up_s: float = 10.0  # in real time, a decision that takes longer ends the run, whatever `late` says
 
     def __post_init__(self):
         if self.ahead is not None and self.ahead < 0:
@@ -237,13 +237,13 @@ class ChunkedPolicy:
         # Only what was asked for ahead of time can be late; before the first chunk there is nothing to execute meanwhile.
         has_deadline = self.realtime and len(flight.committed) > 0
         waits = not has_deadline or self.options.late == WAIT
-        left_s = max(0.0, flight.began_s + self.options.give_up_s - time.monotonic())
+        left_s = self._left_s(flight)
         if has_deadline and not flight.future.done() and not self._asked_late:
             self.dropped, self._asked_late = self.dropped + 1, True
             if self.options.late == STOP:
                 raise DecisionLate(f"the decision was not there after its {len(flight.committed)} control steps (chunking.late=stop)")
         try:
-            answer, done_s = flight.future.result(timeout=left_s if waits or left_s == 0 else 0)
+            answer, done_s = flight.future.result(timeout=left_s if waits else 0)
         except NotYet:
             if flight.future.done():
                 raise  # the policy's own
@@ -312,9 +312,13 @@ class ChunkedPolicy:
         if self._flight is not None:
             flight, self._flight = self._flight, None
             try:
-                flight.future.exception(timeout=max(0.0, flight.began_s + self.options.give_up_s - time.monotonic()))
+                flight.future.exception(timeout=self._left_s(flight))
             except NotYet:
                 raise self._given_up() from None
+
+    def _left_s(self, flight: _Flight) -> float | None:
+        """Seconds until the decision is given up; None in a simulation, which has the time."""
+        return max(0.0, flight.began_s + self.options.give_up_s - time.monotonic()) if self.realtime else None
 
     def _given_up(self) -> DecisionLate:
         return DecisionLate(f"no decision for {self.options.give_up_s:g} s (chunking.give_up_s); is the policy still there?")

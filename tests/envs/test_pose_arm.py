@@ -194,7 +194,8 @@ def test_the_franka_example_runs_with_a_driver(monkeypatch):
 def test_lerobots_own_base_class():
     """A robot derived from LeRobot's class, in the environment where LeRobot is installed. See docs/arms.md."""
     python, program = os.environ["EMU3_VLA_LEROBOT_PYTHON"], Path(__file__).with_name("lerobot_robot.py")
-    done = subprocess.run([python, program], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=200)
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run([python, program], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, timeout=280)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("x.pos 10.0")
 
