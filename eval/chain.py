@@ -249,7 +249,7 @@ class _Subtask:
                 pending.extend(chunk)
                 # Real time went on while the policy decided; a simulation's did not.
                 self.observed_s = self._clock() - _age_s(answer, seconds if getattr(env, "realtime", False) else 0.0)
-                if len(chunk) and np.shape(chunk[0]) == (ACTION_DIM,):  # else it is broken, and the guard says so
+                if np.shape(chunk[0]) == (ACTION_DIM,):  # else it is broken, and the guard says so
                     self.watcher.decided(answer)
             action = self._action(state, push if pushed else None)
             before = state[ROBOT_OBS]
@@ -313,9 +313,11 @@ class _Guarded:
 
 def unchecked_chunk(answer: Any) -> list[Any]:
     """A policy's actions for the guard, which judges them one by one; a malformed chunk is one bad command."""
-    actions = answer.get("actions") if isinstance(answer, dict) else None
-    rows = list(actions) if isinstance(actions, (list, tuple, np.ndarray)) and np.ndim(actions) else []
-    return rows or ["no actions"]
+    try:
+        actions = np.asarray(answer["actions"])
+    except (TypeError, KeyError, ValueError):  # no dictionary, no actions in it, or rows of different lengths
+        return ["no actions"]
+    return list(actions) if actions.ndim == 2 and len(actions) and actions.dtype.kind in "fiu" else ["no actions"]
 
 
 def _age_s(answer: Any, otherwise: float) -> float:

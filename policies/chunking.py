@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from envs.spec import ACTION_DIM, COMMITTED_ACTIONS, CONTROL_HZ, GRIPPER_CLOSE, GRIPPER_OPEN, ROBOT_OBS, InvalidAction
+from envs.spec import ACTION_DIM, COMMITTED_ACTIONS, CONTROL_HZ, GRIPPER_CLOSE, GRIPPER_OPEN, InvalidAction
 from policies.base import Policy
 
 HOLD, WAIT, STOP = LATE = ("hold", "wait", "stop")
@@ -174,7 +174,7 @@ class ChunkedPolicy:
         if self._flight is not None:
             collected = self._collect()
             if collected is None:
-                return self._held(observation)
+                return self._held()
             answer = collected
         ahead = self._ahead()
         if ahead == 0 or len(self._queue) > ahead:
@@ -258,7 +258,7 @@ class ChunkedPolicy:
         return {key: value for key, value in answer.items() if key != "actions"}
 
     def _queue_up(self, flight: _Flight, answer: dict[str, Any]) -> None:
-        actions = np.asarray(answer["actions"], dtype=np.float64)
+        actions = np.asarray(answer.get("actions", ()), dtype=np.float64)
         n = len(flight.committed)
         if actions.ndim != 2 or actions.shape[1] != ACTION_DIM or len(actions) <= n:
             raise InvalidAction(
@@ -285,11 +285,10 @@ class ChunkedPolicy:
         mean[-1] = GRIPPER_OPEN if mean[-1] >= 0 else GRIPPER_CLOSE
         return mean
 
-    def _held(self, observation: dict[str, np.ndarray]) -> dict[str, Any]:
+    def _held(self) -> dict[str, Any]:
         """One step of keeping the pose, while a decision is late."""
         self.held += 1
-        gripper = self._gripper if self._gripper is not None else observation[ROBOT_OBS][-1]
-        return {"actions": np.r_[np.zeros(ACTION_DIM - 1), gripper][None], "age_s": 0.0}
+        return {"actions": np.r_[np.zeros(ACTION_DIM - 1), self._gripper][None], "age_s": 0.0}
 
     def _ahead(self) -> int:
         """Control steps that a decision gets."""
@@ -310,11 +309,11 @@ class ChunkedPolicy:
     def _land(self) -> None:
         """Wait for a decision on its way and drop it, whatever it is: it belongs to what is over."""
         if self._flight is not None:
-            flight, self._flight = self._flight, None
             try:
-                flight.future.exception(timeout=self._left_s(flight))
+                self._flight.future.exception(timeout=self._left_s(self._flight))
             except NotYet:
-                raise self._given_up() from None
+                raise self._given_up() from None  # and it stays: a policy is not asked while it still thinks
+            self._flight = None
 
     def _left_s(self, flight: _Flight) -> float | None:
         """Seconds until the decision is given up; None in a simulation, which has the time."""
@@ -326,7 +325,7 @@ class ChunkedPolicy:
     def _clear(self) -> None:
         self._queue: deque[np.ndarray] = deque()
         self._plans: list[_Plan] = []
-        self._step, self._gripper, self._asked_late = 0, None, False
+        self._step, self._gripper, self._asked_late = 0, GRIPPER_OPEN, False
 
     def _forget_counts(self) -> None:
         self._chain_latencies_s: list[float] = []

@@ -294,7 +294,7 @@ class _Plays(ZeroPolicy):
         return {"actions": answer}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(answers, st.integers(0, 4)), min_size=3, max_size=10))
 def test_no_policy_makes_the_simulated_arm_exceed_its_limits(arm, drawn):
     result = run_chain(

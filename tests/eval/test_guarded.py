@@ -80,7 +80,8 @@ def test_without_the_guard_nothing_is_added(env):
         ({"actions": np.zeros((1, 6))}, r"shape \(6,\), expected \(7,\)"),
         ({"action": np.zeros((1, 7))}, "'no actions' has dtype"),
         ("nothing", "'no actions' has dtype"),
-        ({"actions": [["a"] * 7]}, "expected real numbers"),
+        ({"actions": [["a"] * 7]}, "'no actions' has dtype"),
+        ({"actions": [[0] * 7, [0]]}, "'no actions' has dtype"),
     ],
 )
 def test_a_broken_policy_is_stopped_by_name(env, answer, message):

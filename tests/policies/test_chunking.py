@@ -183,7 +183,11 @@ def test_a_policy_that_hangs_ends_the_run(late):
         for _ in range(100):
             chunked.infer(observation())
             time.sleep(0.02)
+    with pytest.raises(DecisionLate):
+        chunked.reset("try again"), "a policy is not asked while it still thinks"
     policy.open.set()
+    time.sleep(0.1)
+    chunked.reset("try again")
 
 
 def test_a_decision_for_what_is_over_is_dropped():

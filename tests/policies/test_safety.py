@@ -55,7 +55,7 @@ limits = st.builds(
 )  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(limits, stretches)
 def test_no_sequence_of_commands_exceeds_a_limit(options, commands):
     guard = SafetyGuard(options)
