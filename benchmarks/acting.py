@@ -5,7 +5,8 @@
 
 In real time, on the simulated arm with its delays and noise: chunks one after another (the arm waits for each decision) against chunks that
 are decided while the last one is executed. In virtual time, on the first official chains: what the older observation costs in success, and
-how far apart chunks are where they join, with ids written freely and with ids that heed the committed steps.
+how far apart chunks are where they join, with ids written freely and with ids that heed the committed steps. Its latencies are processor
+time of the deciding thread, and the idle share is what follows from them: what a core of its own would give, on a busy machine too.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 
 import policies
 from envs.robot import SimulatedArmOptions
-from envs.spec import COMMITTED_ACTIONS
+from envs.spec import COMMITTED_ACTIONS, CONTROL_HZ
 from eval.chain import run_chain
 from eval.environment import ROBOT, EnvConfig
 from eval.protocol import MAX_STEPS, load_instructions, select_chains
@@ -65,16 +66,16 @@ def _print_realtime(actor, seconds: float) -> None:
 
 
 class _Timed(_Unheeding):
-    """A policy whose decisions are timed where they are made."""
+    """A policy whose decisions are timed where they are made, by `clock`."""
 
-    def __init__(self, policy):
+    def __init__(self, policy, clock=time.perf_counter):
         super().__init__(policy)
-        self.taken_s: list[float] = []
+        self.clock, self.taken_s = clock, []
 
     def infer(self, observation):
-        began = time.perf_counter()
+        began = self.clock()
         answer = self.policy.infer(observation)
-        self.taken_s.append(time.perf_counter() - began)
+        self.taken_s.append(self.clock() - began)
         return answer
 
 
@@ -110,10 +111,11 @@ def _print_virtual(actor, chains: int, ahead: int) -> None:
         "execute 5, ensemble 0.1": (actor, ChunkingOptions(execute=5, ensemble=0.1)),
     }
     print(f"\nin virtual time, the first {chains} chains")
-    print(f"{'':32} {'solved':>7} {'attempts':>8} {'gap':>6} {'step at joins':>14} {'step elsewhere':>15}")
+    titles = ("    solved", "gap", "step at joins", "elsewhere", "p50 ms", "p99 ms", "idle", "late")
+    print(f"{'':32}" + "".join(f"{title:>{max(len(title), 6) + 2}}" for title in titles))
     for name, (inner, options) in rows.items():
-        solved, attempts, gap, joins, others = _virtual(inner, options, chains)
-        print(f"{name:32} {solved:7} {attempts:8} {gap:6.3f} {joins:14.3f} {others:15.3f}")
+        cells = _virtual(inner, options, chains)
+        print(f"{name:32}" + "".join(f"{cell:>{max(len(title), 6) + 2}}" for title, cell in zip(titles, cells, strict=True)), flush=True)
 
 
 class _Joins(ChunkedPolicy):
@@ -139,19 +141,32 @@ class _Joins(ChunkedPolicy):
         return answer
 
 
-def _virtual(inner, options: ChunkingOptions, chains: int) -> tuple[int, int, float, float, float]:
-    """Subtasks solved, attempted, mean gap at joins before it is closed, mean step (largest component) at joins and elsewhere."""
-    env, acting = EnvConfig().make(), _Joins(inner, options, realtime=False)
-    solved = attempts = 0
+def _virtual(inner, options: ChunkingOptions, chains: int) -> list[str]:
+    """A row's cells: subtasks solved of those attempted, mean gap at joins before it is closed, mean step (largest component) at joins and
+    elsewhere, latency of decisions, and if they take that long: share of control periods without a command, and how many are late."""
+    timed = _Timed(inner, time.thread_time)
+    env, acting = EnvConfig().make(), _Joins(timed, options, realtime=False)
+    solved = attempts = steps = 0
     gaps: list[float] = []
     for index, chain in select_chains(chains):
         result = run_chain(env, acting, index, chain, load_instructions(), max_steps=MAX_STEPS, seed=0)
         if result.error:
             raise RuntimeError(f"chain {index}: {result.error['message']}")
-        solved, attempts = solved + result.num_solved, attempts + len(result.attempts)
+        solved, attempts, steps = solved + result.num_solved, attempts + len(result.attempts), steps + result.steps
         gaps += acting.gaps
     env.close()
-    return solved, attempts, float(np.mean(gaps or [0])), float(np.mean(acting.steps[True])), float(np.mean(acting.steps[False]))
+    taken_s = np.array(timed.taken_s)
+    over_s = taken_s - (options.ahead or 0) / CONTROL_HZ  # the first decision of a subtask has nothing ahead of it; it counts alike
+    idle = np.ceil(over_s.clip(0) * CONTROL_HZ).sum()
+    return [
+        f"{solved} of {attempts}",
+        f"{np.mean(gaps or [0]):.3f}",
+        f"{np.mean(acting.steps[True]):.3f}",
+        f"{np.mean(acting.steps[False]):.3f}",
+        *(f"{1000 * np.percentile(taken_s, q):.1f}" for q in (50, 99)),
+        f"{idle / (idle + steps):.1%}",
+        f"{int((over_s > 0).sum()) if options.ahead else 0}",
+    ]
 
 
 if __name__ == "__main__":
