@@ -66,6 +66,10 @@ SENSORS: dict[str, ArraySpec] = {
 }
 """What an environment adds when asked to. Keys, shapes and dtypes are those of CALVIN's dataset."""
 
+COMMITTED_ACTIONS = "committed_actions"
+"""Key under which an observation tells a policy the actions (n, 7) that will be executed while it decides: the chunk that it answers begins
+with them. A policy that heeds it answers "committed": n as well. See policies.chunking."""
+
 ACTION = ArraySpec(shape=(ACTION_DIM,), dtype="float32", meaning="relative Cartesian action in [-1, 1]; gripper exactly -1 or +1")
 
 
