@@ -111,7 +111,8 @@ class BlockEmbedding(nn.Module):
     def _shown(self, embedded_NCE: torch.Tensor) -> torch.Tensor:
         if not (self.training and self.hide):
             return embedded_NCE
-        return embedded_NCE * (torch.rand(embedded_NCE.shape[:2], device=embedded_NCE.device) >= self.hide).to(embedded_NCE.dtype)[..., None]
+        shown_NC = torch.rand(embedded_NCE.shape[:2], device=embedded_NCE.device) >= self.hide
+        return embedded_NCE * shown_NC[..., None]
 
 
 class SquaredReluMlp(nn.Module):
