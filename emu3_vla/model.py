@@ -36,6 +36,7 @@ class BlockEmu3Config(Emu3TextConfig):
     num_places: int = 25  # block places over all images of a chunk
     code_dim: int = 64  # width of one code's embedding before a block's are merged
     block_hidden: int = 0  # width of what is computed of a block's codes together, beside their sum; 0: nothing
+    hide_codes: float = 0.0  # share of the codes that a block shows as zeros in training, so that no single one is relied on
     depth_size: int = 128
     depth_layers: int = 2
     depth_heads: int = 4
@@ -107,6 +108,7 @@ class BlockEmbedding(nn.Module):
 
     def __init__(self, config: BlockEmu3Config):
         super().__init__()
+        self.hide = config.hide_codes
         self.codes = nn.Embedding(config.codebook_size, config.code_dim)
         # One matrix over all codes of the block at once: each place within the block has its own part of it.
         self.merge = nn.Linear(config.codes_per_block * config.code_dim, config.hidden_size, bias=False)
@@ -115,16 +117,25 @@ class BlockEmbedding(nn.Module):
         self.together = SquaredReluMlp(config.codes_per_block * config.code_dim, config.block_hidden, config.hidden_size)
 
     def forward(self, codes_NC: torch.Tensor, places_N: torch.Tensor) -> torch.Tensor:
-        block_NE = self.codes(codes_NC).flatten(1)
+        block_NE = self._shown(self.codes(codes_NC)).flatten(1)
         merged_NH = self.merge(block_NE) + self.places(places_N)
         return merged_NH + self.together(block_NE) if self.together else merged_NH
 
     @torch.no_grad()
     def start_from_codebook(self, vectors_KE: torch.Tensor) -> None:
-        """Give codes that look alike embeddings that are alike: a random projection of the tokenizer's code vectors (codes, width)."""
+        """Give codes that look alike embeddings that are alike: the tokenizer's code vectors (codes, width), projected at random where the
+        embedding has another width."""
         standard_KE = (vectors_KE - vectors_KE.mean(0)) / vectors_KE.std(0)
-        projection_EC = torch.randn(vectors_KE.shape[1], self.codes.embedding_dim) / vectors_KE.shape[1] ** 0.5
+        width = self.codes.embedding_dim
+        same = width == vectors_KE.shape[1]
+        projection_EC = torch.eye(width) if same else torch.randn(vectors_KE.shape[1], width) / vectors_KE.shape[1] ** 0.5
         self.codes.weight.copy_(standard_KE @ projection_EC * self.codes.weight.std())
+
+    def _shown(self, embedded_NCE: torch.Tensor) -> torch.Tensor:
+        if not (self.training and self.hide):
+            return embedded_NCE
+        shown_NC = torch.rand(embedded_NCE.shape[:2], device=embedded_NCE.device) >= self.hide
+        return embedded_NCE * shown_NC[..., None]
 
 
 class SquaredReluMlp(nn.Module):

@@ -37,6 +37,10 @@ def new_model(config: TrainConfig, source: Source) -> BlockEmu3ForCausalLM | Pla
     elif config.codes_from_tokenizer and isinstance(model, BlockEmu3ForCausalLM):
         vision = source.store.tokenizers().vision
         model.blocks.start_from_codebook(vision.vectors(torch.arange(vision.codebook_size)))
+    if isinstance(model, BlockEmu3ForCausalLM):
+        model.blocks.codes.weight.requires_grad_(config.learn_codes)
+    elif not config.learn_codes:
+        raise ValueError("learn_codes=false keeps the embeddings of codes in blocks; Emu3's own vocabulary has none")
     if config.context:
         attention.confine(model)
     return model

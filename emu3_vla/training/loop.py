@@ -63,6 +63,7 @@ class ModelSizes:
     block_size: int = 4  # a trunk position carries block_size² vision codes
     code_dim: int = 64
     block_hidden: int = 512
+    hide_codes: float = 0.0
     depth_size: int = 128
     depth_layers: int = 2
     depth_heads: int = 4
@@ -71,8 +72,9 @@ class ModelSizes:
         for heads, size in (("num_attention_heads", "hidden_size"), ("depth_heads", "depth_size")):
             if getattr(self, size) % getattr(self, heads):
                 raise ValueError(f"model.{size}={getattr(self, size)} is no multiple of model.{heads}={getattr(self, heads)}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout is {self.dropout}, expected at least 0 and below 1")
+        for name in ("dropout", "hide_codes"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}, expected at least 0 and below 1")
 
     def arguments(self) -> dict[str, Any]:
         """As keyword arguments of model.build_config."""
@@ -83,7 +85,7 @@ class ModelSizes:
 
     def plain_arguments(self) -> dict[str, Any]:
         """As keyword arguments of model.build_plain_config: without what blocks need."""
-        return {name: value for name, value in self.arguments().items() if not name.startswith(("block_", "code_", "depth_"))}
+        return {name: value for name, value in self.arguments().items() if not name.startswith(("block_", "code_", "hide_", "depth_"))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +108,7 @@ class TrainConfig:
     recompute_activations: bool = False  # in the backward pass, layer by layer, instead of keeping them: less memory, a third more work
     compile: bool = False  # needs a C++ compiler; about 15 s once, then faster steps
     codes_from_tokenizer: bool = True  # new embeddings of codes begin as the vision tokenizer's code vectors, projected
+    learn_codes: bool = True  # false: they stay so
     init_from: str = ""  # a checkpoint folder whose weights to start from
     lora_rank: int = 0  # of adapters that learn in place of the weights of init_from; 0: all weights learn
     lora_alpha: float = 32.0  # an adapter's output is scaled by lora_alpha / lora_rank
@@ -369,9 +372,11 @@ def _progress(console: Console, disable: bool) -> Progress:
 def _averaged_weights(output: Path, config: TrainConfig, optimizer: FlatAdamW, source: Source) -> dict[str, torch.Tensor]:
     """What the policy gets, float32. Adapters are merged into the weights that they adapt, and kept in adapter/ too."""
     averaged = optimizer.averaged_state()
-    if not config.lora_rank:
+    if not config.lora_rank and config.learn_codes:
         return averaged
     model = _new_model(config, source)  # the weights in use were rounded
+    if not config.lora_rank:
+        return model.state_dict() | averaged
     adapted = lora.attach(model, config.lora)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
