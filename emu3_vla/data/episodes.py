@@ -381,16 +381,10 @@ def read_array(group: zarr.Group, name: str, path: Path | UrlPath, rows: slice =
     """Rows of one array of a shard. Raises EpisodeStoreError where a file is missing or its checksum is wrong."""
     try:
         array = group[name]
-<<<<<<< HEAD
-        # Zarr reads a missing file as zeros. Ours are one file an array, so its absence is damage.
-        if array.shape[0] and not (path / f"{name}/c/{'/'.join('0' * array.ndim)}").is_file():
-            raise FileNotFoundError(f"no data file of {name}")
-=======
         # Zarr reads a missing file as zeros. We write every one, so its absence is damage.
         for number in range(math.ceil(array.shape[0] / array.shards[0])):
-            if not (path / name / "c" / "/".join([str(number), *"0" * (array.ndim - 1)])).is_file():
+            if not (path / f"{name}/c/{'/'.join([str(number), *'0' * (array.ndim - 1)])}").is_file():
                 raise FileNotFoundError(f"no data file {number} of {name}")
->>>>>>> main
         return np.asarray(array[rows])
     except (OSError, ValueError, KeyError, RuntimeError) as problem:
         raise EpisodeStoreError(f"{path}: array {name!r} is damaged ({problem}); delete that shard and make it again") from problem
