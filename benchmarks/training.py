@@ -35,7 +35,7 @@ from emu3_vla.model import BlockEmu3ForCausalLM, build_config
 from emu3_vla.training import figures
 from emu3_vla.training.figures import LossConfig
 from emu3_vla.training.kinds import KINDS, Material
-from emu3_vla.training.mixture import MixtureStream
+from emu3_vla.training.mixture import POOL_STEPS, MixtureStream
 from emu3_vla.training.optimizer import FlatAdamW, OptimizerConfig
 from emu3_vla.training.telemetry import PEAK_S, PEAK_SIDE, training_flops
 from emu3_vla.vocabulary import CompactVocabulary, Emu3Vocabulary, ImageGrid
@@ -53,7 +53,7 @@ VOCABULARY = CompactVocabulary(
 SIZES = {
     "hidden_size": 512,
     "intermediate_size": 1536,
-    "num_hidden_layers": 8,
+    "num_hidden_layers": 6,
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
     "hidden_act": "relu2",
@@ -104,11 +104,11 @@ def train_packed(stream: MixtureStream, steps: int) -> dict[str, float]:
     attention.confine(model)
     optimizer = FlatAdamW(model, OptimizerConfig(), torch.bfloat16)
     model.train()
-    positions = flops = batch_s = step_s = 0.0
+    positions = flops = step_s = 0.0
+    batch_s = seconds_a_batch(stream)
     for step in range(steps + 1):
-        began = time.process_time()
         batch = stream.batch(step)
-        made = time.process_time()
+        began = time.process_time()
         optimizer.zero_gradient()
         loss, chosen = loss_of(model, batch, step)
         loss.backward()
@@ -117,14 +117,22 @@ def train_packed(stream: MixtureStream, steps: int) -> dict[str, float]:
         if step:
             positions += batch.positions
             flops += training_flops(model, batch, chosen)
-            batch_s, step_s = batch_s + made - began, step_s + ended - made
+            step_s += ended - began
     return {
-        "positions_per_s": positions / (batch_s + step_s),
+        "positions_per_s": positions / (steps * batch_s + step_s),
         "flops": flops / step_s,
-        "batch_s": batch_s / steps,
+        "batch_s": batch_s,
         "step_s": step_s / steps,
         "parameters": len(optimizer.master),
     }
+
+
+def seconds_a_batch(stream: MixtureStream) -> float:
+    """Over a whole pool, since its documents are planned together."""
+    began = time.process_time()
+    for step in range(POOL_STEPS, 2 * POOL_STEPS):
+        stream.batch(step)
+    return (time.process_time() - began) / POOL_STEPS
 
 
 def train_with_trainer(stream: MixtureStream, steps: int) -> dict[str, float]:
