@@ -30,9 +30,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # Longest instruction that is expected, in text ids; only the cache's size depends on it.
 MAX_TEXT_IDS = 256
-# Sessions that share a policy are decided for in rows of a matrix product, at least so many. From four rows on the CPU's products give
-# each row the same sum however many others there are, so an answer does not depend on who else is asking.
-SHARED_ROWS = 4
 
 
 class Emu3Policy:
@@ -74,11 +71,11 @@ class Emu3Policy:
         temperature = settings.temperature if temperature is None else temperature
         self._writer = ActionWriter(self.checkpoint.model, vocabulary, grammar, temperature)
         self._trunk = CachedTrunk(self.checkpoint.model)
-        self._alone = Session(self, rows=1)
+        self._alone = Session(self)
 
     def sessions(self, number: int) -> list[Session]:
         """Policies that share this one's weights, for `infer_many`; see eval.lockstep.BatchedPolicy."""
-        return [Session(self, rows=SHARED_ROWS) for _ in range(number)]
+        return [Session(self) for _ in range(number)]
 
     def reset(self, instruction: str, *, task: str | None = None, seed: int | None = None) -> None:
         """Start a subtask: forget the past chunks. Raises ValueError for an empty or overlong instruction. `task` is not looked at."""
@@ -110,7 +107,7 @@ class Emu3Policy:
                 states = torch.stack([session.prefill(seen) for session, seen in zip(sessions, images, strict=True)])
             with _timed(timing, "decode"):
                 sequences, generators = [session.sequence for session in sessions], [session.generator for session in sessions]
-                written = self._writer.write_each(sequences, states, generators, rows=max(session.rows for session in sessions))
+                written = self._writer.write_each(sequences, states, generators)
             with _timed(timing, "detokenize"):
                 decoded = [self._actions(chunk.ids) for chunk in written]
         except Exception:
@@ -154,10 +151,10 @@ class Emu3Policy:
 
 
 class Session:
-    """One arm's instruction, past and random stream; a Policy. `Emu3Policy.sessions` makes it. rows: see SHARED_ROWS."""
+    """One arm's instruction, past and random stream; a Policy. `Emu3Policy.sessions` makes it."""
 
-    def __init__(self, policy: Emu3Policy, rows: int):
-        self.policy, self.rows = policy, rows
+    def __init__(self, policy: Emu3Policy):
+        self.policy = policy
         self.name, self.requires = policy.name, policy.requires
         self.sequence = policy.new_sequence()
         self.generator = torch.Generator(policy.checkpoint.model.device)
