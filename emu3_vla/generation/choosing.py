@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ class Chooser:
         self._head, self._packed = model.lm_head.weight.detach(), packed
         self._depth = DepthWriter(model.depth, packed=packed) if isinstance(model, BlockEmu3ForCausalLM) else None
         self._slices: dict[tuple[int, int], Product] = {}
-        self._refused: dict[int, tuple[np.ndarray, torch.Tensor]] = {}
+        self._refused: WeakKeyDictionary[Choice, torch.Tensor] = WeakKeyDictionary()
 
     @property
     def ids(self) -> int:
@@ -75,10 +76,8 @@ class Chooser:
         """Logits over the slice that all of them allow, guided and masked: float32 (N, stop - start)."""
         head = self._slice(asks[0].choice.start, asks[0].choice.stop)
         logits = guided(lambda states: head(_padded(states))[: len(states)].float(), asks)
-        masks = [ask.choice.mask for ask in asks]
-        if any(mask is not None for mask in masks):
-            refused = [self._refusal(mask, logits) for mask in masks]
-            logits = logits.masked_fill(torch.stack(refused), -torch.inf)
+        if any(ask.choice.mask is not None for ask in asks):
+            logits = logits.masked_fill(torch.stack([self._refusal(ask.choice, logits) for ask in asks]), -torch.inf)
         return logits
 
     def _ids(self, asks: list[Ask], start: int, stop: int) -> list[int]:
@@ -109,13 +108,12 @@ class Chooser:
             self._slices[start, stop] = Product(part) if packed else (lambda states: F.linear(states, part))
         return self._slices[start, stop]
 
-    def _refusal(self, mask: np.ndarray | None, logits: torch.Tensor) -> torch.Tensor:
-        """The ids that the grammar refuses, on the device."""
-        if mask is None:
-            return torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
-        if id(mask) not in self._refused:  # the mask is kept too, so that its id stays its own
-            self._refused[id(mask)] = mask, torch.from_numpy(~mask).to(logits.device)
-        return self._refused[id(mask)][1]
+    def _refusal(self, choice: Choice, logits: torch.Tensor) -> torch.Tensor:
+        """The ids of the slice that the grammar refuses, on the device: bool (stop - start,)."""
+        if choice not in self._refused:
+            mask = np.ones(choice.stop - choice.start, bool) if choice.mask is None else choice.mask
+            self._refused[choice] = torch.from_numpy(~mask).to(logits.device)
+        return self._refused[choice]
 
 
 def guided(head, asks: Sequence[Ask]) -> torch.Tensor:
