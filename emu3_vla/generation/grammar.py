@@ -18,6 +18,7 @@ The ids of a choice are a slice of the vocabulary, so only that slice of the out
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,6 +29,10 @@ from action_tokenizer import ActionGrammar
 from emu3_vla.documents import Begin, OpenImage, OpenVideo, write
 from emu3_vla.documents.stream import spell
 from emu3_vla.vocabulary import CompactVocabulary, Emu3Vocabulary, Vocabulary
+
+
+MOST_CODES = 2**20
+"""Of one image or video in a grammar: eight contexts of Emu3's length. A state for each must be made."""
 
 
 class GrammarError(ValueError):
@@ -185,6 +190,7 @@ def image_codes(
     compact vocabulary's image in the order of writing, instead of its raster (see emu3_vla.documents.orders).
     """
     spell(OpenImage(name, rows, columns), vocabulary)  # raises for sizes that cannot be
+    _check_count(rows, columns)
     if given is not None and (given.shape != (rows, columns) or not vocabulary.vision_in_head):
         _require(vocabulary.vision_in_head, "codes can be given where a position holds one code, not a block")
         raise GrammarError(f"given codes have shape {given.shape}, expected ({rows}, {columns})")
@@ -203,6 +209,7 @@ def video_codes(vocabulary: Emu3Vocabulary, frames: int, rows: int, columns: int
     _require(isinstance(vocabulary, Emu3Vocabulary), "a compact vocabulary writes no videos; write their frames as images")
     _require(frames >= 1, f"a video of {frames} frames, expected at least 1")
     spell(OpenVideo(frames, np.zeros((0, rows, columns), np.int64)), vocabulary)  # raises for sizes that cannot be
+    _check_count(frames, rows, columns)
     frame = sequence(_codes(vocabulary, rows * columns // vocabulary.codes_per_block), literal(vocabulary.end_of_frame))
     return sequence(*[frame] * frames, literal(vocabulary.end_of_image))
 
@@ -467,6 +474,11 @@ def _choice(labels: list[Label], number: int) -> Choice:
     allowed = count.astype(bool)
     only = start + int(allowed.argmax()) if allowed.sum() == 1 else None
     return Choice(number, start, stop, None if allowed.all() else allowed, only)
+
+
+def _check_count(*sizes: int) -> None:
+    count = math.prod(sizes)
+    _require(count <= MOST_CODES, f"a picture of {'×'.join(map(str, sizes))} = {count} codes, more than {MOST_CODES}, fits no context")
 
 
 def _require(holds: bool, message: str) -> None:

@@ -113,13 +113,13 @@ def test_stop_conditions(engine):
 
 
 def test_sampling_draws_from_the_models_distribution(model, engine):
-    """Chi-square over the eight likeliest ids and the rest, 4,000 draws."""
+    """Chi-square over the eight likeliest ids and the rest, 2,000 draws."""
     prompt = _prompts(1, seed=9)[0]
     with torch.inference_mode():
         probabilities = (model(torch.tensor([prompt])).logits[0, -1] / 1.5).softmax(-1)
     top = probabilities.topk(8).indices.tolist()
-    drawn = [result.ids[0] for result in engine.generate([_draw(prompt, seed) for seed in range(4000)])]
-    expected = np.append(probabilities[top].numpy(), 1 - probabilities[top].sum().item()) * 4000
+    drawn = [result.ids[0] for result in engine.generate([_draw(prompt, seed) for seed in range(2000)])]
+    expected = np.append(probabilities[top].numpy(), 1 - probabilities[top].sum().item()) * 2000
     observed = np.array([drawn.count(index) for index in top] + [sum(index not in top for index in drawn)])
     assert ((observed - expected) ** 2 / expected).sum() < 26.1, "p < 0.001 at eight degrees of freedom"
 
