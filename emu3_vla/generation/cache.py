@@ -12,8 +12,8 @@ The same arithmetic as Emu3ForCausalLM's, from its weights, with projections tha
 allocated once. Beside the cache nothing grows with the capacity: rotary angles are computed for the positions at hand, and attention
 works on few enough queries at once to stay within a fixed workspace.
 
-A row's result does not depend on the other rows of a forward: on CPUs, whose products round differently for less than four rows, at
-least that many are computed. Attention sees one sequence at a time.
+On a CPU a row's result does not depend on the other rows of a forward: products that are packed for it round alike for any number of
+rows, plain ones for four and more, so at least that many are computed. Attention sees one sequence at a time.
 
 Axes: n new positions, T cached positions, N rows of a product, h heads, g heads that share a key head, d head width, H width of the trunk.
 """
@@ -29,7 +29,7 @@ from transformers import Emu3ForCausalLM, Emu3TextConfig
 from transformers.activations import ACT2FN
 
 LEAST_ROWS = 4
-"""Rows of a product. From so many on, a CPU's products give each row the same sum however many others there are."""
+"""From so many rows on, a CPU's plain products give each row the same sum however many others there are."""
 
 ATTENTION_CELLS = 2**22
 """Largest number of attention scores in memory at once: 16 MiB of float32."""
@@ -62,6 +62,11 @@ class Product:
         self._packed = _pack(weight) if packed and _can_pack(weight) else None
         # Input dimension first: a row times such a matrix takes half the time on a CPU of one laid out the other way.
         self.matrix = weight.T.contiguous() if self._packed is None else None
+
+    @property
+    def least_rows(self) -> int:
+        """So many rows at least give each the same sum however many there are."""
+        return LEAST_ROWS if self._packed is None else 1
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._packed is None:
@@ -102,9 +107,11 @@ class CachedTrunk:
         self.config = config
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_size = head_size(config)
-        self.eps, self.activation = config.rms_norm_eps, _activation(config.hidden_act)
+        self.activation = _activation(config.hidden_act)
         self.layers = [_fuse(layer, packed) for layer in model.model.layers]
         self.norm = model.model.norm.weight.detach()
+        self.least_rows = self.layers[0].qkv.least_rows
+        self._eps = torch.tensor(config.rms_norm_eps, device=self.norm.device)
         self._frequencies = model.model.rotary_emb.inv_freq.detach().float()
 
     def cache(self, rows: int, capacity: int) -> StaticCache:
@@ -124,8 +131,8 @@ class CachedTrunk:
         for sequence, embeddings in parts:
             sequence.require_room(len(embeddings))
         sizes = [len(embeddings) for _, embeddings in parts]
-        padding = max(0, LEAST_ROWS - sum(sizes))
-        hidden = torch.cat([*(embeddings for _, embeddings in parts), self.empty(padding, self.config.hidden_size)])
+        padding = max(0, self.least_rows - sum(sizes))
+        hidden = _joined([embeddings for _, embeddings in parts], padding)
         starts = [sequence.length for sequence, _ in parts]
         positions = torch.cat([torch.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)])
         cos, sin = self.rotary(F.pad(positions, (0, padding)).to(hidden.device))
@@ -137,12 +144,12 @@ class CachedTrunk:
             for (sequence, _), size, mask in zip(parts, sizes, masks, strict=True):
                 own = slice(at, at := at + size)
                 attended.append(sequence.attend(number, query_key[:, own], values[:, own], mask))
-            return torch.cat([*attended, qkv.new_zeros(padding, attended[0].shape[1])])
+            return _joined(attended, padding)
 
         states = self.layers_over(hidden, attend)
         for (sequence, _), size in zip(parts, sizes, strict=True):
             sequence.length += size
-        return list(states.split([*sizes, padding]))[: len(parts)]
+        return list(states[: sum(sizes)].split(sizes))
 
     def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines of integers (...), and sines with the sign that the half to be subtracted needs, each (..., d)."""
@@ -175,12 +182,12 @@ class CachedTrunk:
         """As Emu3RMSNorm: in float32. Through one norm, since F.rms_norm takes twice as long for a few rows."""
         wide = hidden.float()
         length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        scale = length.square().div_(hidden.shape[-1]).add_(self.eps).rsqrt_()
+        scale = torch.addcmul(self._eps, length, length, value=1 / hidden.shape[-1]).rsqrt_()
         return weight * (wide * scale).to(hidden.dtype)
 
 
 class StaticCache:
-    """Keys and values of several sequences in one allocation, (layers, rows, h_kv, capacity, d) each.
+    """Keys and values of several sequences, allocated once: (rows, h_kv, capacity, d) of each layer.
 
     sequences: the rows, each a CachedSequence.
     """
@@ -189,13 +196,13 @@ class StaticCache:
         if rows < 1 or capacity < 1:
             raise ValueError(f"a cache of {rows} rows and {capacity} positions, expected at least one each")
         self.trunk, self.rows, self.capacity = trunk, rows, capacity
-        shape = (len(trunk.layers), rows, trunk.kv_heads, capacity, trunk.head_size)
-        self.keys, self.values = trunk.empty(*shape), trunk.empty(*shape)
+        shape = (rows, trunk.kv_heads, capacity, trunk.head_size)
+        self.keys, self.values = ([trunk.empty(*shape) for _ in trunk.layers] for _ in range(2))
         self.sequences = [CachedSequence(self, row) for row in range(rows)]
 
     @property
     def bytes(self) -> int:
-        return 2 * self.keys.numel() * self.keys.element_size()
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
 
 class CachedSequence:
@@ -203,7 +210,7 @@ class CachedSequence:
 
     def __init__(self, cache: StaticCache, row: int):
         self.trunk, self.capacity, self.row, self.length = cache.trunk, cache.capacity, row, 0
-        self._keys, self._values = cache.keys[:, row], cache.values[:, row]
+        self._keys, self._values = ([layer[row] for layer in side] for side in (cache.keys, cache.values))
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` positions."""
@@ -215,8 +222,8 @@ class CachedSequence:
         """Hold the first `length` positions of another sequence instead of one's own."""
         if not 0 <= length <= min(other.length, self.capacity):
             raise ValueError(f"cannot copy {length} positions of {other.length} into {self.capacity}")
-        self._keys[:, :, :length] = other._keys[:, :, :length]
-        self._values[:, :, :length] = other._values[:, :, :length]
+        for own, theirs in zip((*self._keys, *self._values), (*other._keys, *other._values), strict=True):
+            own[:, :length] = theirs[:, :length]
         self.length = length
 
     def extend(self, embeddings_nH: torch.Tensor) -> torch.Tensor:
@@ -231,11 +238,18 @@ class CachedSequence:
     def attend(self, number: int, query_key: torch.Tensor, values: torch.Tensor, mask: Mask | None) -> torch.Tensor:
         """Attention of n new positions over all, in layer `number`: (n, h·d). Writes their keys and values behind `length`."""
         heads, end = self.trunk.heads, self.length + query_key.shape[1]
-        self._keys[number, :, self.length : end] = query_key[heads:]
-        self._values[number, :, self.length : end] = values
-        keys, values = self._keys[number, :, :end], self._values[number, :, :end]
-        attended = _attention(query_key[:heads], keys, values, mask)
+        keys, all_values = self._keys[number], self._values[number]
+        keys[:, self.length : end] = query_key[heads:]
+        all_values[:, self.length : end] = values
+        attended = _attention(query_key[:heads], keys[:, :end], all_values[:, :end], mask)
         return attended.transpose(0, 1).flatten(1)
+
+
+def _joined(parts: list[torch.Tensor], padding: int) -> torch.Tensor:
+    """Rows of all parts, and so many rows of zeros."""
+    if len(parts) == 1 and not padding:
+        return parts[0]
+    return F.pad(torch.cat(parts), (0, 0, 0, padding))
 
 
 Mask = Callable[[slice], torch.Tensor]
