@@ -16,7 +16,7 @@ from emu3_vla.generation.grammar import Block, Item
 from emu3_vla.model import BlockEmu3ForCausalLM
 from emu3_vla.vocabulary import Vocabulary
 
-Prompt = Sequence[Segment] | Sequence[int] | np.ndarray
+Prompt = Sequence[Segment] | Sequence[Item] | np.ndarray
 
 
 class PromptError(ValueError):
@@ -24,12 +24,14 @@ class PromptError(ValueError):
 
 
 def items_of(prompt: Prompt, vocabulary: Vocabulary | None, ids: int) -> list[Item]:
-    """Items of a document or of stream ids. ids: how many the model's head has.
+    """Items of a document, of stream ids, or as they are. ids: how many the model's head has.
 
     Raises PromptError for an empty prompt or an id that the model lacks, DocumentError for what is no document.
     """
     if len(prompt) == 0:
         raise PromptError("the prompt is empty; expected at least a begin of document")
+    if any(isinstance(item, Block) for item in prompt):
+        return list(prompt)
     plain = isinstance(prompt[0], (int, np.integer))
     if plain and (vocabulary is None or vocabulary.vision_in_head):
         items = [int(index) for index in prompt]
