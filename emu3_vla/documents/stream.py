@@ -60,7 +60,8 @@ def parse(
 ) -> list[Segment]:
     """Segments of a stream: integers (n,) -> list; `write` gives the same ids again.
 
-    prompt: the last segment may be open, as it is where a model is to go on. order: of the blocks of its images (see Image). Padding is no document: strip it first.
+    prompt: the last segment may be open, as it is where a model is to go on. order: of the blocks of its images (see Image). Padding is no
+    document: strip it first.
     Raises MalformedDocument, saying at which position what came and what was expected.
     """
     array = np.asarray(ids)

@@ -18,6 +18,7 @@ The ids of a choice are a slice of the vocabulary, so only that slice of the out
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,6 @@ from action_tokenizer import ActionGrammar
 from emu3_vla.documents import Begin, OpenImage, OpenVideo, write
 from emu3_vla.documents.stream import spell
 from emu3_vla.vocabulary import CompactVocabulary, Emu3Vocabulary, Vocabulary
-
 
 MOST_CODES = 2**20
 """Of one image or video in a grammar: eight contexts of Emu3's length. A state for each must be made."""
@@ -222,7 +222,8 @@ def video(vocabulary: Emu3Vocabulary, frames: int, rows: int, columns: int) -> P
 
 def action_ids(vocabulary: Vocabulary, grammar: ActionGrammar) -> Piece:
     """What follows OpenAction: the ids of one chunk and end of chunk."""
-    _require(grammar.vocab_size == vocabulary.action_size, f"{grammar.vocab_size} action ids, not the vocabulary's {vocabulary.action_size}")
+    count = vocabulary.action_size
+    _require(grammar.vocab_size == count, f"the action tokenizer has {grammar.vocab_size} ids, but the vocabulary {count} for actions")
     labels = _ActionLabels(vocabulary, grammar)
 
     def build(builder: Builder, state: int) -> int:
@@ -298,7 +299,7 @@ def repeat(piece: Piece, least: int = 0, most: int | None = None) -> Piece:
 
 
 class Grammar:
-    """The automaton of a piece. Immutable. States are integers; one of them, `final`, is where nothing more may be written.
+    """The automaton of a piece. Immutable. States are integers.
 
     start: the state before the first item. choices: all distinct choices. longest: number of items on the longest path, None without end.
     """
@@ -307,22 +308,53 @@ class Grammar:
         builder = Builder()
         begin = builder.state()
         end = piece(builder, begin)
-        closures = [_closure(builder.links, state) for state in range(len(builder.links))]
-        self._edges: list[tuple[tuple[Label, int], ...]] = []
-        self.choices: list[Choice] = []
-        self._choice_of: list[int] = []
-        known: dict[tuple, int] = {}
-        self.start, self.final = begin, end
-        for state, closure in enumerate(closures):
-            edges = tuple(edge for member in closure for edge in builder.edges[member])
-            if end in closure and edges:
+        edges, finals = [], []
+        for state in range(len(builder.links)):
+            closure = _closure(builder.links, state)
+            edges.append(tuple(edge for member in closure for edge in builder.edges[member]))
+            finals.append(end in closure)
+            if finals[-1] and edges[-1]:
                 raise GrammarError("the grammar can go on where it can also end; let an id such as <eos> say that it ends")
-            self._edges.append(edges)
-            self._choice_of.append(self._number(edges, known))
-            if end in closure:
-                self._choice_of[state] = -1
-        _require(self._choice_of[begin] >= 0, "the grammar allows nothing")
+        _require(not finals[begin], "the grammar allows nothing")
+        self._set(begin, edges, finals)
+
+    def _set(self, start: int, edges: list[tuple[tuple[Label, int], ...]], finals: list[bool]) -> None:
+        self.start, self._edges = start, edges
+        self.choices: list[Choice] = []
+        known: dict[tuple, int] = {}
+        self._choice_of = [-1 if final else self._number(own, known) for own, final in zip(edges, finals, strict=True)]
         self.longest = self._longest()
+
+    def ending_ids(self) -> list[int]:
+        """Ids after which all is written, wherever they come."""
+        edges = {(label, self.is_final(target)) for own in self._edges for label, target in own if isinstance(label, Ids)}
+        ending = {label.start for label, ends in edges if ends and label.stop == label.start + 1}
+        return sorted(index for index in ending if not any(index in label for label, ends in edges if not ends))
+
+    def to_dict(self) -> dict:
+        """The automaton in numbers and strings, for another process."""
+        labels: dict[tuple, list] = {}
+        rows = []
+        for own in self._edges:
+            for label, _ in own:
+                labels.setdefault(_identity(label), [len(labels), _spelled_label(label)])
+            rows.append([number for label, target in own for number in (labels[_identity(label)][0], target)])
+        finals = [state for state, choice in enumerate(self._choice_of) if choice < 0]
+        return {"start": self.start, "labels": [label for _, label in labels.values()], "edges": rows, "finals": finals}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Grammar:
+        """The inverse of `to_dict`. Raises GrammarError for what that did not write."""
+        try:
+            labels = [_read_label(label) for label in values["labels"]]
+            pairs = [list(zip(row[::2], row[1::2], strict=True)) for row in values["edges"]]
+            edges = [tuple((labels[number], int(target)) for number, target in row) for row in pairs]
+            finals = np.isin(np.arange(len(edges)), values["finals"]).tolist()
+            grammar = cls.__new__(cls)
+            grammar._set(int(values["start"]), edges, finals)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise GrammarError(f"this is no grammar that to_dict wrote: {type(error).__name__}: {error}") from error
+        return grammar
 
     def choice(self, state: int) -> Choice:
         """What may be written from `state`, which is not final."""
@@ -456,6 +488,20 @@ def _identity(label: Label) -> tuple:
     if isinstance(label, AnyBlock):
         return ("block", label.place)
     return (label.start, label.stop, id(label.mask) if label.mask is not None else None)
+
+
+def _spelled_label(label: Label) -> list:
+    if isinstance(label, AnyBlock):
+        return [label.place]
+    return [label.start, label.stop, "" if label.mask is None else base64.b64encode(np.packbits(label.mask)).decode()]
+
+
+def _read_label(spelled: list) -> Label:
+    if len(spelled) == 1:
+        return AnyBlock(int(spelled[0]))
+    start, stop, packed = spelled
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(packed), np.uint8), count=stop - start).astype(bool) if packed else None
+    return Ids(start, stop, bits)
 
 
 def _choice(labels: list[Label], number: int) -> Choice:

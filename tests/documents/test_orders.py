@@ -49,10 +49,8 @@ def test_documents_in_every_order(name):
     np.testing.assert_array_equal(written, codes.ravel()[order_of(name, 4, 6)])
     assert parse(ids, vocabulary, order=name) == [Image("", codes, order=name)]
 
-    compact = CompactVocabulary(
-        text_size=4, action_size=4, codebook_size=30, images=(ImageGrid(name="b", rows=2, columns=2), ImageGrid(name="a", rows=4, columns=6)),
-        block_size=2,
-    )  # fmt: skip
+    images = (ImageGrid(name="b", rows=2, columns=2), ImageGrid(name="a", rows=4, columns=6))
+    compact = CompactVocabulary(text_size=4, action_size=4, codebook_size=30, images=images, block_size=2)
     layout, plain = (lay_out([Image("a", codes, order=order)], compact) for order in (name, "raster"))
     order = order_of(name, 2, 3)
     np.testing.assert_array_equal(layout.codes, plain.codes[order])
