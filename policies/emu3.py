@@ -93,8 +93,8 @@ class Emu3Policy:
 
     @torch.inference_mode()
     def infer_many(self, sessions: Sequence[Session], observations: Sequence[dict[str, np.ndarray]]) -> list[dict[str, Any]]:
-        """What each session's `infer` would answer. Pictures and prompts are read session by session; the action ids of all are written
-        together, since writing one id costs reading the model's weights. "timing_s" is a session's share.
+        """What each session's `infer` would answer. Pictures are read session by session; prompts are read together and action ids written
+        together, since either costs reading the model's weights. "timing_s" is a session's share.
 
         Raises what `infer` raises; then no session has changed.
         """
@@ -104,7 +104,8 @@ class Emu3Policy:
             with _timed(timing, "encode"):
                 images = [session.look(observation) for session, observation in zip(sessions, observations, strict=True)]
             with _timed(timing, "prefill"):
-                states = torch.stack([session.prefill(seen) for session, seen in zip(sessions, images, strict=True)])
+                parts = [(session.sequence, session.unread(seen)) for session, seen in zip(sessions, images, strict=True)]
+                states = torch.stack([states_nH[-1] for states_nH in self._trunk.extend_each(parts)])
             with _timed(timing, "decode"):
                 sequences, generators = [session.sequence for session in sessions], [session.generator for session in sessions]
                 written = self._writer.write_each(sequences, states, generators)
@@ -201,14 +202,14 @@ class Session:
             images.append(Image(grid.name, codes[0].cpu().numpy()))
         return images
 
-    def prefill(self, images: list[Image]) -> torch.Tensor:
-        """State after "begin of action" of the document so far; computes only what the cache does not hold yet."""
+    def unread(self, images: list[Image]) -> torch.Tensor:
+        """Embeddings of the document up to "begin of action", as far as the cache does not hold it yet: (n, H)."""
         model, vocabulary = self.policy.checkpoint.model, self.policy.checkpoint.vocabulary
         document = [self._text, *(segment for chunk in self._past for segment in chunk), *images]
         batch = collate([document], vocabulary).to(model.device)
         embedded = model.embed(batch)[0, : length_of(document, vocabulary)]
         begin = model.model.embed_tokens.weight[vocabulary.begin_action][None]
-        return self.sequence.extend(torch.cat([embedded, begin])[self.sequence.length :])[-1]
+        return torch.cat([embedded, begin])[self.sequence.length :]
 
     def remember(self, chunk: list[Segment]) -> None:
         """Add a chunk to the past. Where the oldest must go, all after the instruction moves, so the cache keeps that alone."""

@@ -114,9 +114,9 @@ class CachedTrunk:
         self._eps = torch.tensor(config.rms_norm_eps, device=self.norm.device)
         self._frequencies = model.model.rotary_emb.inv_freq.detach().float()
 
-    def cache(self, rows: int, capacity: int) -> StaticCache:
-        """Room for `rows` sequences of at most `capacity` positions."""
-        return StaticCache(self, rows, capacity)
+    def cache(self, rows: int, capacity: int, slack: int = 0) -> StaticCache:
+        """Room for `rows` sequences of at most `capacity` positions. slack: see StaticCache."""
+        return StaticCache(self, rows, capacity, slack)
 
     def sequence(self, capacity: int) -> CachedSequence:
         """An empty sequence of at most `capacity` positions, with a cache of its own."""
@@ -187,16 +187,16 @@ class CachedTrunk:
 
 
 class StaticCache:
-    """Keys and values of several sequences, allocated once: (rows, h_kv, capacity, d) of each layer.
+    """Keys and values of several sequences, allocated once: (rows, h_kv, capacity + slack, d) of each layer.
 
-    sequences: the rows, each a CachedSequence.
+    sequences: the rows, each a CachedSequence. slack: positions behind the last, for what compiled steps write behind a row's end.
     """
 
-    def __init__(self, trunk: CachedTrunk, rows: int, capacity: int):
+    def __init__(self, trunk: CachedTrunk, rows: int, capacity: int, slack: int = 0):
         if rows < 1 or capacity < 1:
             raise ValueError(f"a cache of {rows} rows and {capacity} positions, expected at least one each")
         self.trunk, self.rows, self.capacity = trunk, rows, capacity
-        shape = (rows, trunk.kv_heads, capacity, trunk.head_size)
+        shape = (rows, trunk.kv_heads, capacity + slack, trunk.head_size)
         self.keys, self.values = ([trunk.empty(*shape) for _ in trunk.layers] for _ in range(2))
         self.sequences = [CachedSequence(self, row) for row in range(rows)]
 

@@ -1,8 +1,8 @@
 """Steps of few positions through torch.compile, over the whole static cache at once: CUDA graphs on a GPU, fused kernels on a CPU.
 
 Every row of the cache takes part in every step, idle ones for nothing, so that the shapes stay the same: (rows, n, H) with n a power of
-two. What is written behind a row's length is never seen, and overwritten by the row's next positions. Longer extensions, of prompts, are
-not compiled.
+two. What is written behind a row's length is never seen, and overwritten by the row's next positions; the cache has slack for it behind
+its last position. Longer extensions, of prompts, are not compiled.
 
 Axes as in emu3_vla.generation.cache, and R rows of the cache.
 """
@@ -18,14 +18,14 @@ from torch import nn
 from emu3_vla.generation.cache import CachedSequence, CachedTrunk, StaticCache
 
 LONGEST = 16
-"""Most positions a row in a compiled step."""
+"""Most positions a row in a compiled step, and the slack that the cache needs."""
 
 SPAN_MULTIPLE = 256
 """On a CPU, attention reads the cache up to the longest row, rounded up to this; on a GPU all of it, since its graphs have one shape."""
 
 
 class CompiledSteps:
-    """`extend_each` of a trunk for the rows of one cache. The first step of each n compiles, which takes a minute."""
+    """`extend_each` of a trunk for the rows of one cache, made with slack=LONGEST. The first step of each n compiles: a minute."""
 
     def __init__(self, cache: StaticCache):
         self._cache, self._trunk = cache, cache.trunk
@@ -39,14 +39,13 @@ class CompiledSteps:
     def extend_each(self, parts: Sequence[tuple[CachedSequence, torch.Tensor]]) -> list[torch.Tensor]:
         """As CachedTrunk.extend_each."""
         longest = max(len(embeddings) for _, embeddings in parts)
-        width = 1 << (longest - 1).bit_length()
-        # Behind a row's own positions come dead ones, up to the width; they must not reach over the end of the cache.
-        if longest > LONGEST or any(sequence.length + width > sequence.capacity for sequence, _ in parts):
+        if longest > LONGEST:
             return self._trunk.extend_each(parts)
+        for sequence, embeddings in parts:
+            sequence.require_room(len(embeddings))
+        width = 1 << (longest - 1).bit_length()
         hidden = self._trunk.empty(self._cache.rows, width, self._trunk.config.hidden_size)
-        starts = torch.zeros(self._cache.rows, dtype=torch.long)
-        for sequence in self._cache.sequences:
-            starts[sequence.row] = min(sequence.length, sequence.capacity - width)
+        starts = torch.tensor([sequence.length for sequence in self._cache.sequences])
         for sequence, embeddings in parts:
             hidden[sequence.row, : len(embeddings)] = embeddings
         states = self._step(hidden, starts.to(hidden.device), self._cache.keys, self._cache.values, self._span(int(starts.max()) + width))
@@ -56,7 +55,8 @@ class CompiledSteps:
 
     def _span(self, end: int) -> torch.Tensor:
         """Positions of the cache that attention reads: integers (span,)."""
-        span = self._cache.capacity if self._graphs else min(self._cache.capacity, -(-end // SPAN_MULTIPLE) * SPAN_MULTIPLE)
+        positions = self._cache.keys[0].shape[2]
+        span = positions if self._graphs else min(positions, -(-end // SPAN_MULTIPLE) * SPAN_MULTIPLE)
         return torch.arange(span, device=self._cache.keys[0].device)
 
 

@@ -24,6 +24,7 @@ import torch
 
 from emu3_vla.generation.cache import CachedSequence, CachedTrunk
 from emu3_vla.generation.choosing import Ask, Chooser
+from emu3_vla.generation.compiled import LONGEST, CompiledSteps
 from emu3_vla.generation.grammar import Block, Grammar, Item, free
 from emu3_vla.generation.items import Embedder, Prompt, items_of
 from emu3_vla.generation.requests import END, LENGTH, STOP, Event, Request, RequestError, Result
@@ -201,12 +202,10 @@ class Engine:
             raise ValueError(f"capacity is {config.capacity}, but the model was made for contexts of {limit} positions")
         self.vocabulary, self.config = vocabulary, config
         self.trunk = CachedTrunk(model, packed=not config.compile)
-        self.cache = self.trunk.cache(config.rows, config.capacity)
+        self.cache = self.trunk.cache(config.rows, config.capacity, slack=LONGEST if config.compile else 0)
         self._chooser, self._embed = Chooser(model, packed=not config.compile), Embedder(model)
         self._forward = self.trunk.extend_each
         if config.compile:
-            from emu3_vla.generation.compiled import CompiledSteps
-
             self._forward = CompiledSteps(self.cache).extend_each
         self._lanes = [Lane(sequence) for sequence in self.cache.sequences]
         self._waiting: deque[Run | tuple] = deque()
