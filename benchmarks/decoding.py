@@ -27,7 +27,8 @@ from transformers import Emu3ForCausalLM, Emu3TextConfig
 
 from emu3_vla.generation.drafts import NGrams, above
 from emu3_vla.generation.engine import Engine, EngineConfig
-from emu3_vla.generation.grammar import Builder, Grammar, Ids, free
+from emu3_vla.generation.grammar import Builder, Grammar, Ids
+from emu3_vla.generation.pieces import free
 from emu3_vla.generation.requests import Parallel, Request, Result
 from emu3_vla.generation.sampling import Guidance
 from emu3_vla.generation.transformers_engine import TransformersEngine

@@ -12,12 +12,9 @@ import torch.nn.functional as F
 
 from action_tokenizer import ActionGrammar
 from emu3_vla.generation.cache import LEAST_ROWS, CachedSequence, Product
+from emu3_vla.generation.sampling import DecodingFailed
 from emu3_vla.model import BlockEmu3ForCausalLM
 from emu3_vla.vocabulary import CompactVocabulary
-
-
-class DecodingFailed(ValueError):
-    """The model's logits are not numbers, so there is nothing to choose from."""
 
 
 @dataclass(frozen=True)

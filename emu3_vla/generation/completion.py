@@ -16,8 +16,9 @@ import numpy as np
 
 from emu3_vla.documents import Image, OpenImage, Segment, from_blocks, to_blocks, write
 from emu3_vla.documents.orders import completion_order
-from emu3_vla.generation.grammar import Block, Grammar, GrammarError, Item, image_codes
+from emu3_vla.generation.grammar import Block, Grammar, GrammarError, Item
 from emu3_vla.generation.items import items_of
+from emu3_vla.generation.pieces import image_codes
 from emu3_vla.vocabulary import Vocabulary
 
 

@@ -25,8 +25,9 @@ import torch
 from emu3_vla.generation.cache import CachedSequence, CachedTrunk
 from emu3_vla.generation.choosing import Ask, Chooser
 from emu3_vla.generation.compiled import LONGEST, CompiledSteps
-from emu3_vla.generation.grammar import Block, Grammar, Item, free
+from emu3_vla.generation.grammar import Block, Grammar, Item
 from emu3_vla.generation.items import Embedder, Prompt, items_of
+from emu3_vla.generation.pieces import free
 from emu3_vla.generation.requests import END, LENGTH, STOP, Event, Request, RequestError, Result
 from emu3_vla.vocabulary import Vocabulary
 

@@ -18,8 +18,9 @@ from transformers import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-from emu3_vla.generation.grammar import Grammar, free
+from emu3_vla.generation.grammar import Grammar
 from emu3_vla.generation.items import items_of
+from emu3_vla.generation.pieces import free
 from emu3_vla.generation.requests import END, LENGTH, STOP, Request, RequestError, Result
 from emu3_vla.generation.walk import GrammarWalk
 from emu3_vla.model import BlockEmu3ForCausalLM

@@ -17,7 +17,8 @@ from emu3_vla.documents import OpenImage
 from emu3_vla.export import export
 from emu3_vla.generation.engine import Engine, EngineConfig
 from emu3_vla.generation.engines import open_engine
-from emu3_vla.generation.grammar import Grammar, action_ids, free, image_codes, literal
+from emu3_vla.generation.grammar import Grammar
+from emu3_vla.generation.pieces import action_ids, free, image_codes, literal
 from emu3_vla.generation.requests import Parallel, Request, RequestError
 from emu3_vla.generation.sampling import Guidance, Sampling
 from emu3_vla.generation.transformers_engine import TransformersEngine

@@ -13,10 +13,8 @@ from action_tokenizer.grammar import ActionGrammar, single_transitions
 from emu3_vla.documents import ActionChunk, Begin, End, Image, OpenAction, OpenImage, OpenVideo, Text, Video, parse, write
 from emu3_vla.generation.choosing import Ask, Chooser
 from emu3_vla.generation.engine import Engine, EngineConfig
-from emu3_vla.generation.grammar import (
-    Block,
-    Grammar,
-    GrammarError,
+from emu3_vla.generation.grammar import Block, Grammar, GrammarError
+from emu3_vla.generation.pieces import (
     action_ids,
     actions,
     either,
