@@ -209,7 +209,7 @@ class Engine:
         if config.compile:
             self._forward = CompiledSteps(self.cache).extend_each
         self._lanes = [Lane(sequence) for sequence in self.cache.sequences]
-        self._waiting: deque[Run | tuple] = deque()
+        self._waiting: deque[tuple] = deque()  # (number, request, grammar, prompts, longest)
         self._running: list[Run] = []
         self._results: dict[int, Result] = {}
         self._submitted = 0
@@ -311,7 +311,7 @@ class Engine:
             raise PromptTooLong(
                 f"the prompt has {prompt} positions, but the engine was made for {self.config.capacity}: show less, or raise capacity"
             )
-        needed = grammar.longest if request.longest is None else request.longest
+        needed = min((limit for limit in (grammar.longest, request.longest) if limit is not None), default=None)
         if needed is not None and needed > room:
             raise PromptTooLong(
                 f"a prompt of {prompt} positions and up to {needed} to be written behind it do not fit the {self.config.capacity} that "
