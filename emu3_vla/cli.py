@@ -27,6 +27,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "collect": ("emu3_vla.commands.collect:CollectConfig", "scripted expert's episodes, with disturbances, into an episode store"),
     "train-tokenizer": ("emu3_vla.vision_tokenizer.train:TrainTokenizerConfig", "train a vision tokenizer on an episode store"),
     "eval-tokenizer": ("emu3_vla.vision_tokenizer.evaluate:EvalTokenizerConfig", "how good vision tokenizers are, side by side"),
+    "convert": ("emu3_vla.data.recordings.convert:ConvertConfig", "recordings of CALVIN, LeRobot and our own, any into any"),
+    "inspect": ("emu3_vla.data.recordings.inspection:InspectConfig", "what a dataset of recordings holds, and what in it is suspicious"),
     "tokenize": ("emu3_vla.data.tokenize:TokenizeConfig", "episode store → token store"),
     "compare-action-tokenizers": (
         "action_tokenizer.compare:CompareConfig",
@@ -37,12 +39,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compare": ("eval.compare:CompareConfig", "two evaluations of the same chains, paired: is the difference real?"),
     "report": ("eval.report:ReportConfig", "an evaluation's page anew, beside others with --compare=<results>"),
     "rollout": ("eval.rollout:RolloutConfig", "one chain, with video and a Rerun recording"),
+    "serve": ("emu3_vla.commands.serve:ServeConfig", "a policy over websockets, as openpi's client speaks to it"),
     "export": ("emu3_vla.export:ExportConfig", "write a checkpoint in Transformers' or Llama's layout, for other programs"),
     "doctor": ("emu3_vla.commands.doctor:DoctorConfig", "check this installation; --fetch-assets downloads calvin_env's assets"),
 }
 
 
-POSITIONAL: dict[str, tuple[str, ...]] = {"compare": ("a", "b"), "doctor": ("checkpoint",), "report": ("results",)}
+POSITIONAL: dict[str, tuple[str, ...]] = {"compare": ("a", "b"), "doctor": ("checkpoint",), "inspect": ("dataset",), "report": ("results",)}
 """Commands whose first arguments may be bare values, and the options that they are."""
 
 

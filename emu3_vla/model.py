@@ -33,6 +33,8 @@ class BlockEmu3Config(Emu3TextConfig):
     codes_per_block: int = 16
     num_places: int = 25  # block places over all images of a chunk
     code_dim: int = 64  # width of one code's embedding before a block's are merged
+    block_hidden: int = 0  # width of what is computed of a block's codes together, beside their sum; 0: nothing
+    hide_codes: float = 0.0  # share of the codes that a block shows as zeros in training, so that no single one is relied on
     depth_size: int = 128
     depth_layers: int = 2
     depth_heads: int = 4
@@ -83,13 +85,52 @@ class BlockEmbedding(nn.Module):
 
     def __init__(self, config: BlockEmu3Config):
         super().__init__()
+        self.hide = config.hide_codes
         self.codes = nn.Embedding(config.codebook_size, config.code_dim)
         # One matrix over all codes of the block at once: each place within the block has its own part of it.
         self.merge = nn.Linear(config.codes_per_block * config.code_dim, config.hidden_size, bias=False)
         self.places = nn.Embedding(config.num_places, config.hidden_size)
+        # What several codes show together, an edge that crosses them or the place of a corner, is no sum over them.
+        self.together = SquaredReluMlp(config.codes_per_block * config.code_dim, config.block_hidden, config.hidden_size)
 
     def forward(self, codes_NC: torch.Tensor, places_N: torch.Tensor) -> torch.Tensor:
-        return self.merge(self.codes(codes_NC).flatten(1)) + self.places(places_N)
+        block_NE = self._shown(self.codes(codes_NC)).flatten(1)
+        merged_NH = self.merge(block_NE) + self.places(places_N)
+        return merged_NH + self.together(block_NE) if self.together else merged_NH
+
+    @torch.no_grad()
+    def start_from_codebook(self, vectors_KE: torch.Tensor) -> None:
+        """Give codes that look alike embeddings that are alike: the tokenizer's code vectors (codes, width), projected at random where the
+        embedding has another width."""
+        standard_KE = (vectors_KE - vectors_KE.mean(0)) / vectors_KE.std(0)
+        width = self.codes.embedding_dim
+        same = width == vectors_KE.shape[1]
+        projection_EC = torch.eye(width) if same else torch.randn(vectors_KE.shape[1], width) / vectors_KE.shape[1] ** 0.5
+        self.codes.weight.copy_(standard_KE @ projection_EC * self.codes.weight.std())
+
+    def _shown(self, embedded_NCE: torch.Tensor) -> torch.Tensor:
+        if not (self.training and self.hide):
+            return embedded_NCE
+        shown_NC = torch.rand(embedded_NCE.shape[:2], device=embedded_NCE.device) >= self.hide
+        return embedded_NCE * shown_NC[..., None]
+
+
+class SquaredReluMlp(nn.Module):
+    """Pre-norm MLP; empty, and false, where its width is 0."""
+
+    def __init__(self, size: int, hidden: int, out: int):
+        super().__init__()
+        self.hidden = hidden
+        if hidden:
+            self.norm = nn.RMSNorm(size, eps=1e-5)
+            self.up = nn.Linear(size, hidden, bias=False)
+            self.down = nn.Linear(hidden, out, bias=False)
+
+    def __bool__(self) -> bool:
+        return self.hidden > 0
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.down(F.relu(self.up(self.norm(inputs))).square())
 
 
 class DepthDecoder(nn.Module):

@@ -6,18 +6,19 @@ import numpy as np
 import torch
 
 from action_tokenizer import ActionNormalizer, FastTokenizer
-from emu3_vla.data.tokens import ACTION, NORMALIZER, TEXT, VISION, TokenizedEpisode, TokenStore
+from emu3_vla.data.tokens import ACTION, NORMALIZER, TEXT, VISION, Asked, TokenizedEpisode, TokenStore
 from emu3_vla.text import TextTokenizer
 from emu3_vla.vision_tokenizer.light import LightConfig, LightTokenizer
 from envs.spec import RGB_GRIPPER, RGB_STATIC
 
 HORIZON, SPACING, FRAMES = 10, 5, 9
 WORDINGS = {"left": ["go left", "move to the left"], "right": ["go right", "move to the right"]}
+SPEEDS = ("stands.", "goes.", "runs.", "flies.")
 LIGHT = LightConfig(codebook_size=32, channels=(8, 8), encoder_blocks=(0, 0), decoder_blocks=(0, 0))
 
 
-def tiny_store(folder: Path, shards: int = 4, episodes_per_shard: int = 10) -> TokenStore:
-    """Write the store and return it."""
+def tiny_store(folder: Path, shards: int = 4, episodes_per_shard: int = 10, asked: bool = False) -> TokenStore:
+    """Write the store and return it. asked: with one question about every frame."""
     random = np.random.default_rng(0)
     torch.manual_seed(0)
     LightTokenizer(LIGHT).eval().save_pretrained(folder / VISION)
@@ -27,7 +28,7 @@ def tiny_store(folder: Path, shards: int = 4, episodes_per_shard: int = 10) -> T
     chunks = np.concatenate([normalizer.normalize(episode["chunks"]) for shard in recorded for episode in shard])
     action = FastTokenizer.fit(chunks, scale=10, vocab_size=300)
     action.save_pretrained(folder / ACTION)
-    text = TextTokenizer.fit([sentence for task in WORDINGS.values() for sentence in task], vocab_size=280)
+    text = TextTokenizer.fit([*(sentence for task in WORDINGS.values() for sentence in task), *SPEEDS], vocab_size=280)
     text.save_pretrained(folder / TEXT)
     metadata = {
         "horizon": HORIZON,
@@ -37,12 +38,14 @@ def tiny_store(folder: Path, shards: int = 4, episodes_per_shard: int = 10) -> T
         "action_vocab_size": action.vocab_size,
         "text_vocab_size": text.vocab_size,
         "wordings": WORDINGS,
+        "questions": "tiny_tokens:nobody" if asked else "",
         "shards": list(range(shards)),
         "source": {"totals": {"episodes": shards * episodes_per_shard}},
     }
     store = TokenStore.create(folder, metadata)
     for index, shard in enumerate(recorded):
-        store.write_shard(index, [_tokenized(episode, index, action, normalizer) for episode in shard])
+        encode = text.encode if asked else None
+        store.write_shard(index, [_tokenized(episode, index, action, normalizer, encode) for episode in shard])
     return store
 
 
@@ -58,7 +61,7 @@ def _episode(random: np.random.Generator) -> dict:
     return {"task": task, "speeds": speeds, "chunks": chunks, "noise": random.integers(0, 2, (FRAMES, 16, 16))}
 
 
-def _tokenized(episode: dict, shard: int, action: FastTokenizer, normalizer: ActionNormalizer) -> TokenizedEpisode:
+def _tokenized(episode: dict, shard: int, action: FastTokenizer, normalizer: ActionNormalizer, encode) -> TokenizedEpisode:
     static = (8 * episode["speeds"][:, None, None] + episode["noise"]).astype(np.uint16)
     return TokenizedEpisode(
         task=episode["task"],
@@ -69,6 +72,7 @@ def _tokenized(episode: dict, shard: int, action: FastTokenizer, normalizer: Act
         frame_step=np.arange(FRAMES) * SPACING,
         action_ids=action.encode(normalizer.normalize(episode["chunks"])),
         chunk_imitate=np.arange(FRAMES) != 3,
+        asked=Asked.of([[(encode("how fast?"), encode(SPEEDS[speed]))] for speed in episode["speeds"]]) if encode else None,
     )
 
 

@@ -90,6 +90,7 @@ def main(config: CollectConfig) -> None:
         "calvin_env_version": config.env.version or PINNED,
         "seed": config.seed,
         "frame_stride": config.demonstration.frame_stride,
+        "acceleration": config.demonstration.acceleration,
         "chains_per_shard": config.chains_per_shard,
         "wordings": wordings,
     } | ({"driver": config.driver} if config.driver else {})
@@ -128,7 +129,7 @@ def _collect_shard(job: tuple[CollectConfig, int]) -> tuple[int, int]:
     config, index = job
     rng = np.random.default_rng([config.seed, index])
     env = config.env.make()
-    expert, driver = ExpertPolicy(config.env.scene), _driver(config.driver)
+    expert, driver = ExpertPolicy(config.env.scene, config.demonstration.acceleration), _driver(config.driver)
     episodes, failed, played, counts = [], 0, 0, Counter()
     while played < config.chains_per_shard or not episodes:  # a shard holds at least one episode, however rare its tasks are
         kept, finished = _play_chain(env, expert, driver, rng, config, counts)

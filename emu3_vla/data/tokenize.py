@@ -3,22 +3,27 @@
     emu3-vla tokenize episodes=outputs/collect/first vision_tokenizer=outputs/tokenizer/vision_tokenizer output_dir=outputs/tokens
     emu3-vla tokenize 'episodes=[outputs/scene_a,outputs/scene_b]' vision_tokenizer=... output_dir=...
 
+`questions=envs.calvin.questions:Questions` also writes questions about every frame with their answers, for joint training: any class by its
+dotted name, made with the episode store's scene, with `about(robot_obs, scene_obs)` -> pairs of sentences and `sentences()`.
+
 Action and text tokenizers that are not given are fitted on the episodes. Worker processes take a shard each; shards that are there are
 skipped, so the same command goes on after a kill. Shards keep their numbers; those of a second store follow behind the first one's last.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -31,6 +36,7 @@ from emu3_vla.data.tokens import (
     NORMALIZER,
     TEXT,
     VISION,
+    Asked,
     TokenizedEpisode,
     Tokenizers,
     TokenStore,
@@ -43,6 +49,7 @@ from envs.spec import ACTION_DIM, CAMERAS, RGB_GRIPPER, RGB_STATIC, Episode
 ENCODE_BATCH = 8
 # Codes are stored in two bytes.
 CODE_LIMIT = 2**16
+PLUG_IN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +66,8 @@ class TokenizeConfig:
     action_range: str = "minmax"  # of a fitted normaliser: minmax, quantile or meanstd; see action_tokenizer.ActionNormalizer
     action_scale: float = 7.0  # of a fitted FAST: larger is finer and longer
     action_vocab_size: int = 1024
-    text_vocab_size: int = 512
+    text_vocab_size: int = 1024  # at most
+    questions: str = ""  # "module:Class" that asks about the frames and answers; empty: nobody asks
     workers: int = 2  # processes, one thread each
 
     def __post_init__(self):
@@ -68,12 +76,32 @@ class TokenizeConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if bool(self.action_tokenizer) != bool(self.normalizer):
             raise ValueError("action_tokenizer and normalizer belong together: give both, or neither to have both fitted")
+        if self.questions and not PLUG_IN.fullmatch(self.questions):
+            raise ValueError(f"questions is {self.questions!r}, expected module:Class, such as envs.calvin.questions:Questions")
         if not self.stores:
             raise ValueError("episodes names no episode store")
 
     @property
     def stores(self) -> tuple[str, ...]:
         return (self.episodes,) if isinstance(self.episodes, str) else tuple(self.episodes)
+
+
+class Questioner(Protocol):
+    """Made with the name of a scene; asks about a moment in it and answers."""
+
+    def about(self, robot_obs: np.ndarray, scene_obs: np.ndarray) -> list[tuple[str, str]]: ...
+
+    @staticmethod
+    def sentences() -> list[str]: ...
+
+
+def questioner(dotted: str) -> type[Questioner]:
+    """The class of that name. Raises ValueError where there is none."""
+    module, name = dotted.split(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"questions={dotted}: {error}") from error
 
 
 class Sources:
@@ -98,10 +126,14 @@ class Sources:
         return [columns for store, index in self.shards.values() for columns in store.read_columns(index, names)]
 
     def wordings(self) -> dict[str, list[str]]:
-        """Sentences of each task: every store's, each once."""
+        """Sentences of each task: every store's, each once. Of a task that a store gives none for, what its episodes were told.
+
+        Raises ValueError where such an episode was told nothing.
+        """
         joined: dict[str, list[str]] = {}
         for store in self.stores:
-            for task, sentences in store.metadata.get("wordings", {}).items():
+            given = store.metadata.get("wordings", {})
+            for task, sentences in (given | _instructions(store, without=given)).items():
                 joined[task] = list(dict.fromkeys([*joined.get(task, []), *sentences]))
         return joined
 
@@ -113,9 +145,27 @@ class Sources:
         return counted | {"tasks": dict(sorted(tasks.items()))}
 
 
+def _instructions(store: EpisodeStore, without: dict[str, Any]) -> dict[str, list[str]]:
+    """Instructions of the episodes of each task that is not in `without`."""
+    told: dict[str, list[str]] = {}
+    for index in store.shard_indices():
+        for number, record in enumerate(store.records(index)):
+            if record["task"] in without:
+                continue
+            if not record["instruction"].strip():
+                raise ValueError(
+                    f"{store.shard_path(index)}: episode {number} has no instruction, and the store has no wordings of its task "
+                    f"{record['task']!r}; a policy is told what to do: give the instruction when converting"
+                )
+            told.setdefault(record["task"], []).append(record["instruction"])
+    return told
+
+
 def main(config: TokenizeConfig) -> None:
     """Write the missing shards of the token store in output_dir. Prints its folder."""
     sources = Sources(config.stores)
+    if config.questions:
+        _require_scenes(config, sources)
     store = _open_or_start(config, sources)
     if store.missing_shards():
         _write_missing(config, sources, store)
@@ -160,8 +210,10 @@ def _windows(values: np.ndarray, starts: np.ndarray, horizon: int) -> np.ndarray
     return values[np.asarray(starts)[:, None] + np.arange(horizon)]
 
 
-def tokenize_episode(episode: Episode, shard: int, tokenizers: Tokenizers, horizon: int) -> TokenizedEpisode:
-    """All frames of one episode and the chunk that begins at each."""
+def tokenize_episode(
+    episode: Episode, shard: int, tokenizers: Tokenizers, horizon: int, asker: Questioner | None = None
+) -> TokenizedEpisode:
+    """All frames of one episode, the chunk that begins at each, and what `asker` asks about it."""
     chunks = tokenizers.normalizer.normalize(chunks_of(episode.actions, episode.frame_step, horizon))
     return TokenizedEpisode(
         task=episode.task,
@@ -172,7 +224,16 @@ def tokenize_episode(episode: Episode, shard: int, tokenizers: Tokenizers, horiz
         frame_step=episode.frame_step,
         action_ids=tokenizers.action.encode(chunks) if len(chunks) else [],
         chunk_imitate=own_chunks(episode.imitate, episode.frame_step, horizon),
+        asked=_asked(episode, tokenizers, asker) if asker else None,
     )
+
+
+def _asked(episode: Episode, tokenizers: Tokenizers, asker: Questioner) -> Asked:
+    encode, frames = tokenizers.text.encode, []
+    for step in episode.frame_step:
+        pairs = asker.about(episode.robot_obs[step], episode.scene_obs[step])
+        frames.append([(encode(question), encode(answer)) for question, answer in pairs])
+    return Asked.of(frames)
 
 
 def _codes(tokenizers: Tokenizers, camera: str, images: np.ndarray) -> np.ndarray:
@@ -192,7 +253,9 @@ def _tokenize_shard(job: tuple[str, int, str, int]) -> int:
     episodes, index, output, number = job
     store, tokenizers = _opened(output)
     horizon = store.metadata["horizon"]
-    tokenized = [tokenize_episode(e, number, tokenizers, horizon) for e in EpisodeStore.open(episodes).read_shard(index)]
+    source, dotted = EpisodeStore.open(episodes), store.metadata.get("questions", "")
+    asker = questioner(dotted)(source.metadata["scene"]) if dotted else None
+    tokenized = [tokenize_episode(e, number, tokenizers, horizon, asker) for e in source.read_shard(index)]
     store.write_shard(number, tokenized)
     return sum(len(episode.frame_step) for episode in tokenized)
 
@@ -222,8 +285,16 @@ def _open_or_start(config: TokenizeConfig, sources: Sources) -> TokenStore:
     if ACTION not in given:
         _fit_action_tokenizer(config, sources, output)
     if TEXT not in given:
-        TextTokenizer.fit(_sentences(sources), vocab_size=config.text_vocab_size).save_pretrained(output / TEXT)
+        TextTokenizer.fit(_sentences(config, sources), vocab_size=config.text_vocab_size).save_pretrained(output / TEXT)
     return TokenStore.create(output, _metadata(config, sources, output))
+
+
+def _require_scenes(config: TokenizeConfig, sources: Sources) -> None:
+    """Each scene, and that it can be asked about, before a worker asks."""
+    for store in sources.stores:
+        if "scene" not in store.metadata:
+            raise ValueError(f"questions={config.questions}: {store.path} does not say which scene it shows; tokenize it without questions")
+        questioner(config.questions)(store.metadata["scene"])
 
 
 def _require_same_shards(store: TokenStore, sources: Sources) -> None:
@@ -246,6 +317,7 @@ def _metadata(config: TokenizeConfig, sources: Sources, output: Path) -> dict:
         "action_vocab_size": tokenizers.action.vocab_size,
         "text_vocab_size": tokenizers.text.vocab_size,
         "wordings": sources.wordings(),
+        "questions": config.questions,
         "shards": list(sources.shards),
         "shard_groups": sources.groups,
         "source": {
@@ -269,12 +341,12 @@ def _fit_action_tokenizer(config: TokenizeConfig, sources: Sources, output: Path
     normalizer.save(output / NORMALIZER)
 
 
-def _sentences(sources: Sources) -> Sequence[str]:
-    """Every sentence of the stores' wordings. Raises ValueError where there is none."""
+def _sentences(config: TokenizeConfig, sources: Sources) -> Sequence[str]:
+    """Every sentence of the stores' wordings, and of questions and answers. Raises ValueError where there is none."""
     sentences = [sentence for wordings in sources.wordings().values() for sentence in wordings]
     if not sentences:
-        raise ValueError(f"{sources} has no wordings in its metadata, so no text tokenizer can be fitted; give text_tokenizer=")
-    return sentences
+        raise ValueError(f"{sources} holds no episode and no wordings, so no text tokenizer can be fitted; give text_tokenizer=")
+    return [*sentences, *(questioner(config.questions).sentences() if config.questions else ())]
 
 
 def _copy(source: Path, target: Path) -> None:

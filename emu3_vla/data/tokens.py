@@ -41,11 +41,40 @@ SHARD_FORMAT = "emu3-vla-token-shard"
 MANIFEST = "tokens.json"
 
 VISION, ACTION, TEXT, NORMALIZER = "vision_tokenizer", "action_tokenizer", "text_tokenizer", "normalizer.json"
+ASKED = ("asked_ids", "asked_lengths")
 TOKENIZERS = (VISION, ACTION, TEXT, NORMALIZER)
 
 
 class TokenStoreError(ValueError):
     """A token store that is missing parts, damaged, unfinished, or made by other tokenizers."""
+
+
+class Asked:
+    """Questions about frames and their answers, as text ids: F frames, Q questions a frame, each with its answer.
+
+    ids: uint16 (n,), question, answer, question, ... frame after frame. lengths_FQ2: uint16 (F, Q, 2), how many of them each takes.
+    """
+
+    def __init__(self, ids: np.ndarray, lengths_FQ2: np.ndarray):
+        self.ids, self.lengths_FQ2 = ids, lengths_FQ2
+        self._ends = np.cumsum(lengths_FQ2.ravel(), dtype=np.int64)
+        if (self._ends[-1] if len(self._ends) else 0) != len(ids):
+            raise ValueError(f"questions and answers have {len(ids)} ids, expected {self._ends[-1] if len(self._ends) else 0}")
+
+    @classmethod
+    def of(cls, frames: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]]) -> Asked:
+        """From the ids of questions and answers of each frame. Raises ValueError where frames have different numbers of them."""
+        if len({len(pairs) for pairs in frames}) > 1:
+            raise ValueError(f"frames have {sorted({len(pairs) for pairs in frames})} questions, expected as many each")
+        texts = [text for pairs in frames for pair in pairs for text in pair]
+        lengths = np.array([len(text) for text in texts], np.uint16).reshape(len(frames), -1, 2)
+        return cls(np.array([index for text in texts for index in text], np.uint16), lengths)
+
+    def pair(self, frame: int, question: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of a question about a frame and of its answer."""
+        at = 2 * (frame * self.lengths_FQ2.shape[1] + question)
+        middle, end = self._ends[at], self._ends[at + 1]
+        return self.ids[middle - self.lengths_FQ2[frame, question, 0] : middle], self.ids[middle:end]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +87,7 @@ class TokenizedEpisode:
     action_ids     F lists            FAST ids of the normalised actions [step, step + horizon); past the end zero motion, gripper kept
     chunk_imitate  bool (F,)          every action of that chunk is the demonstrator's own
     shard: number of the shard that it lies in, which is also the episode store's where there is one store.
+    asked: questions about every frame with their answers, where the store has some.
     """
 
     task: str
@@ -68,9 +98,12 @@ class TokenizedEpisode:
     frame_step: np.ndarray
     action_ids: list[list[int]]
     chunk_imitate: np.ndarray
+    asked: Asked | None = None
 
     def __post_init__(self):
         counts = {name: len(getattr(self, name)) for name in ("static_codes", "gripper_codes", "action_ids", "chunk_imitate")}
+        if self.asked:
+            counts["asked"] = len(self.asked.lengths_FQ2)
         wrong = {name: count for name, count in counts.items() if count != len(self.frame_step)}
         if wrong:
             raise ValueError(f"episode of {self.task!r} has {len(self.frame_step)} frames, but {wrong}")
@@ -90,8 +123,9 @@ class TokenStore:
     """A folder of token shards. `metadata`:
 
     horizon, action_dim: shape of a chunk. grids: {camera: [rows, columns]}. codebook_size, action_vocab_size,
-    text_vocab_size. wordings: {task: sentences}. hashes: of each tokenizer. shards: numbers of all shards that belong to it.
-    shard_groups: the same by episode store. source: the episode stores (their folders as given, metadata, totals).
+    text_vocab_size. wordings: {task: sentences}. questions: who asked about the frames, "" for nobody. hashes: of each tokenizer.
+    shards: numbers of all shards that belong to it. shard_groups: the same by episode store. source: the episode stores (their folders as
+    given, metadata, totals).
     """
 
     def __init__(self, path: Path, metadata: dict[str, Any]):
@@ -160,6 +194,11 @@ class TokenStore:
             "action_lengths": np.array(lengths, np.int64),
             "action_ids": np.array(all_ids, np.int64),
         }
+        if any(episode.asked for episode in episodes):
+            if not all(episode.asked for episode in episodes):
+                raise ValueError(f"some episodes of shard {index} have questions and some have none")
+            columns["asked_ids"] = np.concatenate([episode.asked.ids for episode in episodes])
+            columns["asked_lengths"] = np.concatenate([episode.asked.lengths_FQ2 for episode in episodes])
         records = [{"task": e.task, "instruction": e.instruction, "frames": len(e.frame_step)} for e in episodes]
         write_shard_atomic(target, columns, {"format": SHARD_FORMAT, "schema": SCHEMA, "episodes": records})
         return target
@@ -171,14 +210,25 @@ class TokenStore:
             raise TokenStoreError(f"{self.path} has no shard {index}; run the same tokenize command again to finish it")
         group = open_shard(path, SHARD_FORMAT, SCHEMA, TokenStoreError)
         names = ("static_codes", "gripper_codes", "frame_step", "chunk_imitate", "action_lengths", "action_ids")
-        columns = {name: read_array(group, name, path) for name in names}
+        has_questions = bool(self.metadata.get("questions"))
+        columns = {name: read_array(group, name, path) for name in (*names, *(ASKED if has_questions else ()))}
         starts = np.concatenate([[0], np.cumsum(columns["action_lengths"])])
-        episodes, frame = [], 0
+        episodes, frame, asked_before = [], 0, 0
         for record in group.attrs["episodes"]:
             rows = slice(frame, frame + record["frames"])
+            asked = None
+            if has_questions:
+                lengths_FQ2 = columns["asked_lengths"][rows]
+                asked_after = asked_before + int(lengths_FQ2.sum())
+                asked = Asked(columns["asked_ids"][asked_before:asked_after], lengths_FQ2)
+                asked_before = asked_after
             ids = [columns["action_ids"][starts[row] : starts[row + 1]].tolist() for row in range(rows.start, rows.stop)]
             arrays = {name: columns[name][rows] for name in ("static_codes", "gripper_codes", "frame_step", "chunk_imitate")}
-            episodes.append(TokenizedEpisode(task=record["task"], instruction=record["instruction"], shard=index, action_ids=ids, **arrays))
+            episodes.append(
+                TokenizedEpisode(
+                    task=record["task"], instruction=record["instruction"], shard=index, action_ids=ids, asked=asked, **arrays
+                )
+            )
             frame = rows.stop
         return episodes
 

@@ -11,10 +11,14 @@ import torch
 import torch.nn.functional as F
 
 from action_tokenizer import ActionGrammar
+from action_tokenizer.prefix import CommittedPrefix
 from emu3_vla.generation.cache import LEAST_ROWS, CachedSequence, Product
 from emu3_vla.generation.sampling import DecodingFailed
 from emu3_vla.model import BlockEmu3ForCausalLM
 from emu3_vla.vocabulary import CompactVocabulary
+
+# Ids that are weighed against a committed prefix: the likeliest so many. Weighing all of them takes longer than the model does.
+CANDIDATES = 64
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class _Chunk:
     ids: list[int] = field(default_factory=list)
     entropy: list[float] = field(default_factory=list)
     log_probability: float = 0.0
+    prefix: CommittedPrefix | None = None
 
 
 class ActionWriter:
@@ -61,10 +66,18 @@ class ActionWriter:
 
     @torch.inference_mode()
     def write_each(
-        self, sequences: Sequence[CachedSequence], states_SH: torch.Tensor, generators: Sequence[torch.Generator | None]
+        self,
+        sequences: Sequence[CachedSequence],
+        states_SH: torch.Tensor,
+        generators: Sequence[torch.Generator | None],
+        prefixes: Sequence[CommittedPrefix | None] | None = None,
     ) -> list[WrittenChunk]:
-        """What `write` gives for each sequence, one step of all at a time. Raises DecodingFailed."""
-        chunks = [_Chunk(self._grammar.start()) for _ in sequences]
+        """What `write` gives for each sequence, one step of all at a time. Raises DecodingFailed.
+
+        prefixes: of each chunk what is decided already; its ids are then chosen as both the model and the prefix have it, and "entropy"
+        and "probability" are of that choice.
+        """
+        chunks = [_Chunk(self._grammar.start(), prefix=prefix) for prefix in prefixes or [None] * len(sequences)]
         unfinished, states = list(range(len(chunks))), list(states_SH)
         while True:
             logits = self._logits(torch.stack(states))
@@ -84,10 +97,14 @@ class ActionWriter:
     def _go_on(self, chunk: _Chunk, logits: torch.Tensor, generator: torch.Generator | None) -> int:
         """Choose the chunk's next id from the logits that follow it."""
         log_p = self._masked(logits, chunk.state)
+        if chunk.prefix is not None:
+            log_p = _heeding(chunk.prefix, log_p)
         index = self._choose(log_p, generator)
         chunk.log_probability += log_p[index].item()
         chunk.entropy.append(_entropy(log_p))
         chunk.ids.append(index)
+        if chunk.prefix is not None:
+            chunk.prefix.write(index)
         chunk.state = self._grammar.advance(chunk.state, index)
         return index
 
@@ -102,6 +119,15 @@ class ActionWriter:
         if self._temperature == 0:
             return int(log_p.argmax())
         return int(torch.multinomial((log_p / self._temperature).softmax(0), 1, generator=generator))
+
+
+def _heeding(prefix: CommittedPrefix, log_p: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of the likeliest candidates given the committed prefix too; the others get none."""
+    best = log_p.topk(min(CANDIDATES, int(torch.isfinite(log_p).sum()))).indices
+    scores = torch.from_numpy(prefix.scores(best.tolist())).to(log_p)
+    heeded = torch.full_like(log_p, -torch.inf)
+    heeded[best] = log_p[best] + scores
+    return torch.log_softmax(heeded, dim=0)
 
 
 def _entropy(log_p: torch.Tensor) -> float:

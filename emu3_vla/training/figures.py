@@ -13,8 +13,10 @@ from emu3_vla.model import BlockEmu3ForCausalLM, block_losses, token_losses
 from emu3_vla.training import processes
 from emu3_vla.vocabulary import CompactVocabulary
 
-KINDS = ("action", "text", "vision")
-"""`text` holds specials too; end of chunk is counted as action."""
+KINDS = ("action", "text", "special", "vision")
+"""`text`: answers to questions. End of chunk is counted as action; `special` is what says that an image or actions begin."""
+VISION = KINDS.index("vision")
+HIT_KINDS = ("action", "text")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +24,8 @@ class LossConfig:
     """Weight of each kind's mean loss (nats a token), and how much of the pictures is predicted."""
 
     action_weight: float = 1.0
-    text_weight: float = 0.02  # the instruction is given when acting
+    text_weight: float = 0.3  # answers; instructions and questions are given
+    special_weight: float = 0.02
     vision_weight: float = 0.1
     vision_loss_fraction: float = 0.05  # of the blocks of a batch, drawn at random: the depth decoder costs as much as the trunk
     label_smoothing: float = 0.0  # of text and action targets
@@ -42,7 +45,7 @@ class LossConfig:
 
 @dataclass
 class Figures:
-    """Sums over tokens, per kind in the order of KINDS: float64 (3,) each. Add them up over steps or processes, then take means."""
+    """Sums over tokens, per kind in the order of KINDS: float64 (4,) each. Add them up over steps or processes, then take means."""
 
     loss: torch.Tensor
     hits: torch.Tensor
@@ -59,29 +62,30 @@ class Figures:
         return Figures(*processes.summed(torch.stack([self.loss, self.hits, self.tokens])))
 
     def means(self) -> dict[str, float]:
-        """Mean loss of each kind that occurred, and the share of action tokens whose likeliest id was right."""
+        """Mean loss of each kind that occurred, and the share of action and of text tokens whose likeliest id was right."""
         means = {f"loss_{kind}": (self.loss[index] / self.tokens[index]).item() for index, kind in enumerate(KINDS) if self.tokens[index]}
-        if self.tokens[0]:
-            means["action_accuracy"] = (self.hits[0] / self.tokens[0]).item()
+        for kind in HIT_KINDS:
+            if self.tokens[index := KINDS.index(kind)]:
+                means[f"{kind}_accuracy"] = (self.hits[index] / self.tokens[index]).item()
         return means
 
 
 def choose_blocks(batch: Batch, fraction: float, seeds: Sequence[tuple[int, ...]]) -> torch.Tensor:
-    """Which blocks of a batch to predict, each with probability `fraction`: int64, ascending.
+    """Which blocks of a batch to predict, each supervised one with probability `fraction`: int64, ascending.
 
     seeds: one a document, so that a document's choice depends neither on its neighbours nor on the process that it is in.
     """
     row_of_block = batch.block_at_N.cpu().numpy() // batch.ids_BL.shape[1]
     counts = np.bincount(row_of_block, minlength=len(batch.ids_BL))
     draws = [np.random.default_rng(seed).random(count) for seed, count in zip(seeds, counts, strict=True)]
-    return torch.from_numpy(np.flatnonzero(np.concatenate(draws) < fraction)).to(batch.codes_NC.device)
+    wanted = (np.concatenate(draws) < fraction) & (batch.block_weights_N.cpu().numpy() > 0)
+    return torch.from_numpy(np.flatnonzero(wanted)).to(batch.codes_NC.device)
 
 
 def count_tokens(batch: Batch, chosen: torch.Tensor, vocabulary: CompactVocabulary) -> torch.Tensor:
-    """Supervised tokens of each kind: float64 (3,)."""
-    targets = batch.targets_BL[batch.targets_BL != IGNORE]
-    actions = _is_action(targets, vocabulary).sum().item()
-    return torch.tensor([actions, len(targets) - actions, chosen.numel() * batch.codes_NC.shape[1]], dtype=torch.float64)
+    """Supervised tokens of each kind: float64 (4,)."""
+    kinds = _kinds(batch.targets_BL[batch.targets_BL != IGNORE], vocabulary)
+    return torch.tensor([*(kind.sum().item() for kind in kinds), chosen.numel() * batch.codes_NC.shape[1]], dtype=torch.float64)
 
 
 def losses(
@@ -90,13 +94,13 @@ def losses(
     """Summed loss of each kind, with gradient, in the order of KINDS; and the same as figures."""
     states_PH = model.states(batch)
     token_losses_M, targets_M, right_M = token_losses(model, states_PH, batch.targets_BL.flatten(), smoothing)
-    is_action = _is_action(targets_M, vocabulary)
-    sums = [token_losses_M[is_action].sum(), token_losses_M[~is_action].sum(), torch.zeros((), device=states_PH.device)]
+    kinds = _kinds(targets_M, vocabulary)
+    sums = [*(token_losses_M[kind].sum() for kind in kinds), torch.zeros((), device=states_PH.device)]
     if chosen.numel():
-        sums[2] = block_losses(model, states_PH, batch, chosen).sum()
+        sums[VISION] = block_losses(model, states_PH, batch, chosen).sum()
     figures = Figures(
         loss=torch.stack([part.detach() for part in sums]).double().cpu(),
-        hits=torch.tensor([right_M[is_action].sum(), right_M[~is_action].sum(), 0], dtype=torch.float64),
+        hits=torch.tensor([*(right_M[kind].sum() for kind in kinds), 0], dtype=torch.float64),
         tokens=count_tokens(batch, chosen, vocabulary),
     )
     return sums, figures
@@ -112,5 +116,7 @@ def total(sums: list[torch.Tensor], tokens: torch.Tensor, config: LossConfig) ->
     return torch.stack(parts).sum()
 
 
-def _is_action(targets: torch.Tensor, vocabulary: CompactVocabulary) -> torch.Tensor:
-    return (targets >= vocabulary.action_start) & (targets <= vocabulary.end_of_chunk)
+def _kinds(targets: torch.Tensor, vocabulary: CompactVocabulary) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Which targets are of each kind but vision, in the order of KINDS: bool, of the shape of `targets`."""
+    is_text, is_special = targets < vocabulary.text_size, targets > vocabulary.end_of_chunk
+    return ~is_text & ~is_special, is_text, is_special

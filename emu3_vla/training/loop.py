@@ -57,6 +57,8 @@ class ModelSizes:
     max_position_embeddings: int = 2048
     block_size: int = 4  # a trunk position carries block_size² vision codes
     code_dim: int = 64
+    block_hidden: int = 512
+    hide_codes: float = 0.0
     depth_size: int = 128
     depth_layers: int = 2
     depth_heads: int = 4
@@ -65,8 +67,9 @@ class ModelSizes:
         for heads, size in (("num_attention_heads", "hidden_size"), ("depth_heads", "depth_size")):
             if getattr(self, size) % getattr(self, heads):
                 raise ValueError(f"model.{size}={getattr(self, size)} is no multiple of model.{heads}={getattr(self, heads)}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout is {self.dropout}, expected at least 0 and below 1")
+        for name in ("dropout", "hide_codes"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}, expected at least 0 and below 1")
 
     def arguments(self) -> dict[str, Any]:
         """As keyword arguments of model.build_config."""
@@ -86,12 +89,16 @@ class TrainConfig:
     steps: int = 2000
     batch_size: int = 64  # documents a step, over all processes
     chunks: int = 3  # most chunks of a document, so up to chunks - 1 past ones
+    asked_fraction: float = 0.0  # of the documents, that are two images and questions about them instead of acting
+    questions: int = 6  # of such a document
     history: int = -1  # past chunks that the policy shows when acting; -1: chunks - 1
     temperature: float = 0.0  # of the policy's action ids when acting; 0: the likeliest
     processes: int = 1  # one thread each
     precision: str = "bf16"  # of weights in use, activations and gradients; masters, moments and average are float32 always
     recompute_activations: bool = False  # in the backward pass, layer by layer, instead of keeping them: less memory, a third more work
     compile: bool = False  # needs a C++ compiler; about 15 s once, then faster steps
+    codes_from_tokenizer: bool = True  # new embeddings of codes begin as the vision tokenizer's code vectors, projected
+    learn_codes: bool = True  # false: they stay so
     init_from: str = ""  # a checkpoint folder whose weights to start from
     lora_rank: int = 0  # of adapters that learn in place of the weights of init_from; 0: all weights learn
     lora_alpha: float = 32.0  # an adapter's output is scaled by lora_alpha / lora_rank
@@ -108,7 +115,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
 
     def __post_init__(self):
-        positive = ("steps", "batch_size", "chunks", "processes", "validation_documents")
+        positive = ("steps", "batch_size", "chunks", "questions", "processes", "validation_documents")
         for name in (*positive, "validate_every", "checkpoint_every", "log_every", "keep_states"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
@@ -127,6 +134,8 @@ class TrainConfig:
             raise ValueError(f"history is {self.history}, expected -1 to {self.chunks - 1} with chunks={self.chunks}")
         if self.batch_size % self.processes:
             raise ValueError(f"batch_size={self.batch_size} is no multiple of processes={self.processes}")
+        if not 0 <= self.asked_fraction < 1:
+            raise ValueError(f"asked_fraction is {self.asked_fraction}, expected at least 0 and below 1")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction is {self.validation_fraction}, expected between 0 and 1")
 
@@ -263,6 +272,10 @@ def _new_model(config: TrainConfig, source: Source) -> BlockEmu3ForCausalLM:
     if config.init_from:
         folder = Path(config.init_from) / checkpoint.MODEL
         model.load_state_dict(checkpoint.load_weights(folder, model_config))
+    elif config.codes_from_tokenizer:
+        vision = source.store.tokenizers().vision
+        model.blocks.start_from_codebook(vision.vectors(torch.arange(vision.codebook_size)))
+    model.blocks.codes.weight.requires_grad_(config.learn_codes)
     return model
 
 
@@ -331,9 +344,11 @@ def _progress(console: Console, disable: bool) -> Progress:
 def _averaged_weights(output: Path, config: TrainConfig, optimizer: FlatAdamW, source: Source) -> dict[str, torch.Tensor]:
     """What the policy gets, float32. Adapters are merged into the weights that they adapt, and kept in adapter/ too."""
     averaged = optimizer.averaged_state()
-    if not config.lora_rank:
+    if not config.lora_rank and config.learn_codes:
         return averaged
     model = _new_model(config, source)  # the weights in use were rounded
+    if not config.lora_rank:
+        return model.state_dict() | averaged
     adapted = lora.attach(model, config.lora)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -44,6 +44,8 @@ class Source:
                 horizon=self.horizon,
                 batch_size=config.batch_size,
                 seed=config.seed,
+                asked_fraction=config.asked_fraction,
+                questions=config.questions,
             )
             for episodes in self.store.split(config.validation_fraction)
         )

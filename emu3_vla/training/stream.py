@@ -1,18 +1,20 @@
 """The order in which episodes become training documents: a pure function of (seed, step), so a resumed run sees the same data.
 
-An *anchor* is a frame at which a document may start. Each epoch visits every anchor once, in a new order; a document takes the chunks
-from there on, and one of its task's wordings. Documents of a *pool* of several steps are sorted by length before they are cut into
+An *anchor* is a frame at which a document may start. Each epoch visits every anchor once, in a new order. A document that acts takes the
+chunks from there on, and one of its task's wordings; one that is asked takes the images of that frame, and some of the questions about
+them with their answers, which are what is supervised. Documents of a *pool* of several steps are sorted by length before they are cut into
 batches, so little of a batch is padding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
+from emu3_vla.data.tokens import Asked
 from emu3_vla.documents import ActionChunk, Batch, Image, Segment, Text, collate, length_of
 from emu3_vla.vocabulary import CompactVocabulary
 from envs.spec import RGB_GRIPPER, RGB_STATIC
@@ -33,6 +35,16 @@ class TokenizedEpisode(Protocol):
     frame_step: np.ndarray
     action_ids: Sequence[Sequence[int]]
     chunk_imitate: np.ndarray
+    asked: Asked | None
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """One document: an anchor's number; which of the task's wordings, or which questions are asked instead of acting."""
+
+    anchor: int
+    wording: int = 0
+    questions: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,8 @@ class DocumentStream:
     """Documents of a set of episodes.
 
     wordings: sentences of each task. encode: sentence to text ids. chunks: K, most chunks in a document. horizon: control steps from
-    one chunk to the next. batch_size: documents a step, over all processes. Raises ValueError where an episode's task has no wording.
+    one chunk to the next. batch_size: documents a step, over all processes. asked_fraction: share of the documents that are asked
+    `questions` questions each. Raises ValueError where an episode's task has no wording, or questions are wanted and there are none.
     """
 
     def __init__(
@@ -59,7 +72,15 @@ class DocumentStream:
         horizon: int,
         batch_size: int,
         seed: int,
+        asked_fraction: float = 0.0,
+        questions: int = 6,
     ):
+        if asked_fraction and not all(episode.asked for episode in episodes):
+            raise ValueError(
+                f"asked_fraction={asked_fraction}, but the token store holds no questions; "
+                "tokenize with questions=envs.calvin.questions:Questions"
+            )
+        self._asked_fraction, self._questions = asked_fraction, questions
         self._episodes, self._vocabulary = episodes, vocabulary
         self._batch_size, self._seed = batch_size, seed
         self._texts = _encoded_wordings(episodes, wordings, encode)
@@ -77,28 +98,56 @@ class DocumentStream:
     def batch(self, step: int, rank: int = 0, processes: int = 1) -> Batch:
         """This process's part of the batch of `step`. Neighbours in length go to different processes, so all take equally long."""
         drawn = self._plan(step)[rank::processes]
-        return collate([self._document(anchor, wording) for anchor, wording in drawn], self._vocabulary)
+        return collate([self._document(draw) for draw in drawn], self._vocabulary)
 
     def fixed(self, count: int) -> list[Batch]:
-        """Up to `count` documents spread over the episodes, each task's first wording, in batches; for validation."""
+        """Up to `count` documents that act, spread over the episodes, each task's first wording, in batches; for validation.
+
+        Where questions are trained on, the same frames are asked too.
+        """
         chosen = np.unique(np.linspace(0, len(self._anchors) - 1, min(count, len(self._anchors))).round().astype(int))
         chosen = chosen[np.argsort(self._lengths[chosen], kind="stable")]
         groups = [chosen[start : start + self._batch_size] for start in range(0, len(chosen), self._batch_size)]
-        return [collate([self._document(int(anchor), 0) for anchor in group], self._vocabulary) for group in groups]
+        draws = [[_Draw(int(anchor)) for anchor in group] for group in groups]
+        if self._asked_fraction:
+            random = np.random.default_rng((self._seed, 2))
+            draws += [[replace(draw, questions=self._some_questions(draw.anchor, random)) for draw in group] for group in draws]
+        return [collate([self._document(draw) for draw in group], self._vocabulary) for group in draws]
 
-    def _plan(self, step: int) -> list[tuple[int, int]]:
-        """(anchor, wording) of every document of the batch of `step`."""
+    def _plan(self, step: int) -> list[_Draw]:
+        """Every document of the batch of `step`."""
         pool, slot = divmod(step, POOL_STEPS)
         first = pool * POOL_STEPS * self._batch_size
         anchors = self._anchors_between(first, first + POOL_STEPS * self._batch_size)
         random = np.random.default_rng((self._seed, 1, pool))
-        draws = random.random(len(anchors))
-        texts = [self._texts[self._episodes[self._anchors[anchor].episode].task] for anchor in anchors]
-        wordings = [int(draw * len(text)) for draw, text in zip(draws, texts, strict=True)]
-        lengths = self._lengths[anchors] + [len(text[wording]) for text, wording in zip(texts, wordings, strict=True)]
-        by_length = np.argsort(lengths, kind="stable").reshape(POOL_STEPS, self._batch_size)
+        numbers = random.random(len(anchors))
+        draws = [self._draw(int(anchor), float(number), random) for anchor, number in zip(anchors, numbers, strict=True)]
+        by_length = np.argsort([self._length(draw) for draw in draws], kind="stable").reshape(POOL_STEPS, self._batch_size)
         row = by_length[random.permutation(POOL_STEPS)[slot]]
-        return [(int(anchors[index]), wordings[index]) for index in row]
+        return [draws[index] for index in row]
+
+    def _draw(self, anchor: int, number: float, random: np.random.Generator) -> _Draw:
+        """A document at an anchor. number: in [0, 1), decides on wording or questions."""
+        if number < self._asked_fraction:
+            return _Draw(anchor, questions=self._some_questions(anchor, random))
+        share = (number - self._asked_fraction) / (1 - self._asked_fraction)
+        return _Draw(anchor, wording=int(share * len(self._texts_of(anchor))))
+
+    def _some_questions(self, anchor: int, random: np.random.Generator) -> tuple[int, ...]:
+        count = self._episode_of(anchor).asked.lengths_FQ2.shape[1]
+        return tuple(int(question) for question in random.permutation(count)[: self._questions])
+
+    def _length(self, draw: _Draw) -> int:
+        if draw.questions:
+            return length_of(self._asked_segments(draw), self._vocabulary)
+        return int(self._lengths[draw.anchor]) + len(self._texts_of(draw.anchor)[draw.wording])
+
+    def _episode_of(self, anchor: int) -> TokenizedEpisode:
+        return self._episodes[self._anchors[anchor].episode]
+
+    def _texts_of(self, anchor: int) -> list[list[int]]:
+        """Text ids of the wordings of an anchor's task."""
+        return self._texts[self._episode_of(anchor).task]
 
     def _anchors_between(self, first: int, last: int) -> np.ndarray:
         """Anchors numbered first .. last - 1 of the endless sequence of shuffled epochs."""
@@ -108,10 +157,22 @@ class DocumentStream:
         start = first - epochs[0] * count
         return np.concatenate(shuffled)[start : start + last - first]
 
-    def _document(self, number: int, wording: int) -> list[Segment]:
-        anchor = self._anchors[number]
-        text = self._texts[self._episodes[anchor.episode].task][wording]
-        return [Text(text), *self._chunk_segments(anchor)]
+    def _document(self, draw: _Draw) -> list[Segment]:
+        if draw.questions:
+            return self._asked_segments(draw)
+        instruction = self._texts_of(draw.anchor)[draw.wording]
+        return [Text(instruction, supervised=False), *self._chunk_segments(self._anchors[draw.anchor])]
+
+    def _asked_segments(self, draw: _Draw) -> list[Segment]:
+        episode, frame = self._episode_of(draw.anchor), self._anchors[draw.anchor].frames[0]
+        segments: list[Segment] = [
+            Image(RGB_STATIC, episode.static_codes[frame], supervised=False),
+            Image(RGB_GRIPPER, episode.gripper_codes[frame], supervised=False),
+        ]
+        for question in draw.questions:
+            asked, answer = episode.asked.pair(frame, question)
+            segments += [Text(asked, supervised=False), Text(answer)]
+        return segments
 
     def _chunk_segments(self, anchor: _Anchor) -> list[Segment]:
         episode, segments = self._episodes[anchor.episode], []

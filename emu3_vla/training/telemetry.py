@@ -26,6 +26,7 @@ SHOWN = {
     "action_accuracy": "accuracy",
     "loss_vision": "vision",
     "loss_text": "text",
+    "text_accuracy": "right",
     "lr": "lr",
     "chunks_per_s": "chunks/s",
     "positions_per_s": "tokens/s",

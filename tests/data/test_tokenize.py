@@ -117,6 +117,15 @@ def test_two_workers_and_a_resumed_run_give_the_same_store(folder, tokens):
             assert path.read_bytes() == (folder / "parallel" / path.relative_to(tokens.path)).read_bytes(), path.name
 
 
+def test_without_wordings_a_task_is_what_its_episodes_were_told(folder, tmp_path):
+    store = EpisodeStore.create(tmp_path / "told", {"wordings": {"open_drawer": ["open it"]}})
+    told = [dataclasses.replace(make_episode(2 * seed, 23), instruction=f"shut it, {seed}") for seed in (0, 1, 0)]
+    store.write_shard(0, [*told, make_episode(1, 23)])
+    main(dataclasses.replace(config_for(folder, "x"), episodes=str(store.path), output_dir=str(tmp_path / "out")))
+    wordings = TokenStore.open(tmp_path / "out").metadata["wordings"]
+    assert wordings == {"open_drawer": ["open it"], "close_drawer": ["shut it, 0", "shut it, 1"]}
+
+
 def test_split_is_by_whole_shards(tokens):
     train, held_out = tokens.split(0.3)
     assert {episode.shard for episode in held_out} == {1} and {episode.shard for episode in train} == {0, 2}
@@ -138,6 +147,46 @@ def test_several_stores_become_one(folder, tokens, tmp_path):
     assert np.mean(both.read_shard(7)[0].static_codes == codes.numpy()) > 0.999
     train, held_out = both.split(0.3)  # each store on its own, as train-tokenizer splits them
     assert sorted({episode.shard for episode in held_out}) == [1, 3] and sorted({episode.shard for episode in train}) == [0, 2, 7]
+
+
+class Asker:
+    """Asks how many numbers of a state are zero."""
+
+    def __init__(self, scene: str):
+        self.scene = scene
+
+    def about(self, robot_obs, scene_obs):
+        return [("which scene?", f"{self.scene}."), ("how many?", f"{int((robot_obs == 0).sum())}.")]
+
+    @staticmethod
+    def sentences():
+        return ["which scene?", "how many?", "15.", "X."]
+
+
+def test_questions_are_asked_about_every_frame(folder, tmp_path):
+    store = EpisodeStore.create(tmp_path / "episodes", {"wordings": WORDINGS, "scene": "X"})
+    store.write_shard(0, [make_episode(0, 23), make_episode(1, 31)])
+    config = TokenizeConfig(
+        episodes=str(store.path),
+        vision_tokenizer=str(folder / "vision"),
+        output_dir=str(tmp_path / "asked"),
+        workers=1,
+        questions="test_tokenize:Asker",
+    )
+    main(config)
+    tokens = TokenStore.open(tmp_path / "asked")
+    text = tokens.tokenizers().text
+    for episode in tokens.episodes():
+        for frame in range(len(episode.frame_step)):
+            spoken = [text.decode(ids) for question in (0, 1) for ids in episode.asked.pair(frame, question)]
+            assert spoken == ["which scene?", "X.", "how many?", "15."]
+
+
+def test_questions_that_cannot_be_asked_are_refused_before_work_begins(folder):
+    with pytest.raises(ValueError, match="does not say which scene it shows; tokenize it without questions"):
+        main(config_for(folder, "refused", questions="test_tokenize:Asker"))
+    with pytest.raises(ValueError, match="questions is 'nobody', expected module:Class"):
+        config_for(folder, "refused", questions="nobody")
 
 
 def test_emu3_tokenizes_too_and_must_know_the_cameras(folder, tmp_path):
@@ -195,8 +244,8 @@ def test_errors_are_named(folder, tokens, tmp_path):
     with pytest.raises(FileNotFoundError, match="vision_tokenizer=.*nowhere does not exist"):
         main(dataclasses.replace(config_for(folder, "x"), vision_tokenizer=str(tmp_path / "nowhere")))
     store = EpisodeStore.create(tmp_path / "mute", {})
-    store.write_shard(0, [make_episode(0, 23)])
-    with pytest.raises(ValueError, match="no wordings .* give text_tokenizer="):
+    store.write_shard(0, [dataclasses.replace(make_episode(0, 23), instruction=" ")])
+    with pytest.raises(ValueError, match="episode 0 has no instruction, and the store has no wordings of its task 'close_drawer'"):
         main(dataclasses.replace(config_for(folder, "y"), episodes=str(store.path)))
     shutil.copytree(tokens.path, tmp_path / "old")
     manifest = json.loads((tmp_path / "old" / "tokens.json").read_text())

@@ -255,3 +255,27 @@ def test_what_the_expert_does_not_know_is_named():
         DemonstrationConfig(disturbance_probability=2)
     with pytest.raises(ValueError, match="driven_steps=.5, 2. must be two ascending"):
         DemonstrationConfig(driven_steps=(5, 2))
+
+
+def test_smooth_motions_are_bounded_straight_and_still_solve(env):
+    expert = ExpertPolicy("D", acceleration=0.2)
+    tasks = _begin(env, expert, 3)
+    actions = []
+    for task in tasks:
+        expert.reset("", task=task)
+        start, observation = env.info(), env.state()
+        for _ in range(360):
+            actions.append(expert.infer(observation)["actions"][0])
+            observation, _, _, _, info = env.step(actions[-1])
+            if solved := completed_tasks(start, info, among=[task]):
+                break
+        assert solved, task
+    pace = np.abs(np.array(actions)[:, :6]).max(axis=1)
+    # Plans that are broken off stop at once; nothing ever starts at once.
+    assert np.diff(pace).max() < 0.2 + 1e-6
+    assert (np.abs(np.diff(pace)) > 0.2 + 1e-6).mean() < 0.05
+
+
+def test_an_acceleration_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="acceleration is 0, expected above 0"):
+        ExpertPolicy("D", acceleration=0)

@@ -18,10 +18,14 @@ from safetensors.torch import load_file
 
 from emu3_vla import lora
 from emu3_vla.checkpoint import load
+from emu3_vla.data.tokens import TEXT
+from emu3_vla.documents import IGNORE
+from emu3_vla.text import TextTokenizer
 from emu3_vla.training import loop, state
 from emu3_vla.training.figures import LossConfig
 from emu3_vla.training.loop import ModelSizes, TrainConfig
 from emu3_vla.training.optimizer import FlatAdamW, OptimizerConfig
+from emu3_vla.training.source import open_source
 
 TIMINGS = ("chunks_per_s", "positions_per_s", "step_s", "of_peak", "memory_gb")
 
@@ -310,3 +314,31 @@ def test_learning_rates_warm_up_and_fall():
         OptimizerConfig(schedule="step")
     with pytest.raises(ValueError, match="cooldown is 0"):
         OptimizerConfig(cooldown=0)
+
+
+def test_questions_are_learnt_in_the_same_stream(tmp_path):
+    store = tiny_tokens.tiny_store(tmp_path / "asked", asked=True)
+    tiny_tokens.train(store.path, tmp_path / "run", steps=240, asked_fraction=0.5, questions=1, validate_every=120)
+    first, *_, last = [record for record in _records(tmp_path / "run") if "loss_text" in record]
+    assert last["loss_text"] < 0.5 * first["loss_text"], "answers are learnt"
+    held_out = [record["validation"] for record in _records(tmp_path / "run") if "validation" in record][-1]
+    assert held_out["text_accuracy"] > 0.6 and "action_accuracy" in held_out
+
+
+def test_only_answers_are_targets_of_a_document_that_is_asked(tmp_path):
+    store = tiny_tokens.tiny_store(tmp_path / "asked", asked=True)
+    config = tiny_tokens.config(store.path, tmp_path / "run", asked_fraction=0.999, questions=1)
+    source = open_source(config.tokens, config.model.block_size)
+    batch = source.streams(config)[0].batch(0)
+    text = TextTokenizer.from_pretrained(store.path / TEXT)
+    answers = {tuple(text.encode(answer)) for answer in tiny_tokens.SPEEDS}
+    for targets, ids in zip(batch.targets_BL, batch.ids_BL, strict=True):
+        spoken = targets[(targets != IGNORE) & (targets < source.vocabulary.text_size)]
+        assert tuple(spoken.tolist()) in answers
+        assert (ids != source.vocabulary.begin_action).all()
+    assert not batch.block_weights_N.any(), "the images are given"
+
+
+def test_questions_that_are_not_there_are_refused(tiny_store, tmp_path):
+    with pytest.raises(ValueError, match="asked_fraction=0.2, but the token store holds no questions; tokenize with questions="):
+        tiny_tokens.train(tiny_store.path, tmp_path / "run", steps=2, asked_fraction=0.2)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import atan2, cos, hypot, sin
+from math import atan2, cos, hypot, inf, sin, sqrt
 
 import numpy as np
 
@@ -95,9 +95,17 @@ def in_range(yaw: float) -> float:
 
 
 class Arm:
-    """The arm of one scene: its state as observed, its target as commanded, and motions."""
+    """The arm of one scene: its state as observed, its target as commanded, and motions.
 
-    def __init__(self, scene: str):
+    acceleration: most that the commanded speed changes by in a step, in units an axis [1 unit = 0.02 m or 0.05 rad a step]. Infinite:
+    every axis goes as fast as it may, stopping where it has to. Finite: all axes set out and arrive together, on a straight line.
+    """
+
+    def __init__(self, scene: str, acceleration: float = inf):
+        if not acceleration > 0:
+            raise ValueError(f"acceleration is {acceleration}, expected above 0; it is in units of an action a step")
+        self.acceleration = acceleration
+        self.pace = 0.0  # speed of the last step of a move, in units of the fastest axis
         self.layout: Layout = layout_of(scene)
         self.block_order = [name.removeprefix("block_") for name in scene_named(scene).blocks]
         self.target: np.ndarray | None = None
@@ -127,6 +135,7 @@ class Arm:
         if self.target is not None:
             self.target += action[:6] * ACTION_UNITS
         self.gripper = OPEN if action[6] > 0 else CLOSE
+        self.pace = float(np.abs(action[:6]).max())
 
     @property
     def slide(self) -> float:
@@ -193,11 +202,13 @@ class Arm:
         speed: float = 1.0,
         hold: int = 0,
         tolerance_m: float = 0.008,
+        brake: bool = True,
         provided: Callable[[], bool] | None = None,
     ) -> Actions:
         """Move the target to a pose, at most `speed` units an axis a step, then wait until the tool is there (or `hold` steps).
 
-        Raises Interrupted when `provided` stops being true, or when the tool does not follow.
+        brake: slow down towards the end, where acceleration is finite. Raises Interrupted when `provided` stops being true, or when the
+        tool does not follow.
         """
         x, y, z = map(float, position)
         roll, pitch, yaw = map(float, self.target[3:] if euler is None else euler)
@@ -218,13 +229,23 @@ class Arm:
                 raise Interrupted
             if behind:
                 shift = [0.0, 0.0, 0.0]
-            yield np.array([*(min(max(unit, -speed), speed) for unit in shift + turn), self.gripper])
+            yield np.array([*self._limited(shift + turn, speed, brake), self.gripper])
         for _ in range(hold):
             if hypot(self.tool[0] - x, self.tool[1] - y, self.tool[2] - z) < tolerance_m:
                 break
             if provided is not None and not provided():
                 raise Interrupted
             yield self.still()
+
+    def _limited(self, way: list[float], speed: float, brake: bool) -> list[float]:
+        """The part of what is left of the way (6,), in units, that is done in this step."""
+        if self.acceleration == inf:
+            return [min(max(unit, -speed), speed) for unit in way]
+        left = max(map(abs, way))
+        step = min(left, speed, self.pace + self.acceleration)
+        if brake:
+            step = min(step, max(self.acceleration, sqrt(2 * self.acceleration * left) - self.acceleration / 2))
+        return [unit * step / left if left else 0.0 for unit in way]
 
     def _lags(self, shift: list[float]) -> bool:
         """Whether the target is far ahead of the tool, and `shift` takes it further."""

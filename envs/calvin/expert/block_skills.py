@@ -114,7 +114,8 @@ def _stroke(arm: Arm, color: str, side: int, distance: float) -> Actions:
     yield from arm.move([x - side * (touching + RUN_UP_M), y, BLOCK_Z], hold=6, provided=arm.lies_at(block))
     steps = ceil((distance + RUN_UP_M) / MAX_RELATIVE_POSITION_M)
     # Steps of one length: a short last one would slow the fingers down before they stop.
-    yield from arm.move([x + side * (distance - touching), y, BLOCK_Z], speed=(distance + RUN_UP_M) / (steps * MAX_RELATIVE_POSITION_M))
+    speed = (distance + RUN_UP_M) / (steps * MAX_RELATIVE_POSITION_M)
+    yield from arm.move([x + side * (distance - touching), y, BLOCK_Z], speed=speed, brake=False)
     for _ in range(8):
         before = arm.block(color).position[0]
         yield arm.still()

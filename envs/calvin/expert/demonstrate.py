@@ -24,6 +24,9 @@ from envs.spec import ACTION_DIM, GRIPPER_CLOSE, GRIPPER_OPEN, RGB_GRIPPER, RGB_
 class DemonstrationConfig:
     """How demonstrations are made."""
 
+    acceleration: float = 0.2
+    """Of the expert's motions; see expert.arm.Arm. Starts and stops that take a few steps are fewer action ids, and easier to foresee,
+    than axes that go at full speed or not at all."""
     max_steps: int = 360
     """Control steps after which an attempt counts as failed."""
     frame_stride: int = 5
@@ -44,6 +47,8 @@ class DemonstrationConfig:
     def __post_init__(self):
         if self.frame_stride < 1 or self.max_steps < 1:
             raise ValueError(f"frame_stride={self.frame_stride} and max_steps={self.max_steps} must be at least 1")
+        if not self.acceleration > 0:
+            raise ValueError(f"acceleration={self.acceleration} must be above 0; it is in units of an action a step")
         for name in ("disturbance_probability", "gripper_flip_probability", "driven_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is outside [0, 1]")

@@ -8,6 +8,7 @@ the present state when it ends without success and when what it relied on no lon
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 
 import numpy as np
 
@@ -24,13 +25,13 @@ TAKING = ("lift", "rotate", "push_into", "unstack")
 
 
 class ExpertPolicy:
-    """Scripted expert of one scene ("A", "B", "C" or "D"); a Policy. Raises ValueError for another scene."""
+    """Scripted expert of one scene ("A", "B", "C" or "D"); a Policy. acceleration: see Arm. Raises ValueError for another scene."""
 
     requires = frozenset({ROBOT_OBS, SCENE_OBS})
 
-    def __init__(self, scene: str = "D"):
+    def __init__(self, scene: str = "D", acceleration: float = inf):
         self.name = "expert"
-        self.arm = Arm(scene)
+        self.arm = Arm(scene, acceleration)
         self.task: str | None = None
 
     def reset(self, instruction: str, *, task: str | None = None, seed: int | None = None) -> None:
@@ -60,6 +61,10 @@ class ExpertPolicy:
         """Account for an action (7,) that somebody else gave the arm, and plan again from where it takes it."""
         self.arm.executed(action)
         self.plan = None
+
+    def altered(self, action: np.ndarray, given: np.ndarray) -> None:
+        """Account for an action (7,) of this policy of which the arm was given something else; the plan goes on from there."""
+        self.arm.executed(np.r_[(given - action)[:-1], given[-1]])
 
     def sense(self, observation: dict[str, np.ndarray]) -> None:
         """Take in robot_obs (15,) and scene_obs (24,)."""
