@@ -75,6 +75,7 @@ class BlockEmu3ForCausalLM(Emu3ForCausalLM):
         self.blocks = BlockEmbedding(config)
         self.depth = DepthDecoder(config)
         self.post_init()
+        self.blocks.balance()
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """One embedding per position: (B, L, H)."""
@@ -115,11 +116,22 @@ class BlockEmbedding(nn.Module):
         self.places = nn.Embedding(config.num_places, config.hidden_size)
         # What several codes show together, an edge that crosses them or the place of a corner, is no sum over them.
         self.together = SquaredReluMlp(config.codes_per_block * config.code_dim, config.block_hidden, config.hidden_size)
+        if self.together:  # or what a block shows would outgrow where it is
+            self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, codes_NC: torch.Tensor, places_N: torch.Tensor) -> torch.Tensor:
         block_NE = self._shown(self.codes(codes_NC)).flatten(1)
-        merged_NH = self.merge(block_NE) + self.places(places_N)
-        return merged_NH + self.together(block_NE) if self.together else merged_NH
+        merged_NH = self.merge(block_NE)
+        if self.together:
+            merged_NH = self.norm(merged_NH + self.together(block_NE))
+        return merged_NH + self.places(places_N)
+
+    @torch.no_grad()
+    def balance(self, scale: float = 0.1) -> None:
+        """Begin with what is shown and where it is in equal parts."""
+        if self.together:
+            self.norm.weight.fill_(scale)
+            self.places.weight.normal_(0, scale)
 
     @torch.no_grad()
     def start_from_codebook(self, vectors_KE: torch.Tensor) -> None:

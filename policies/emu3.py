@@ -35,9 +35,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # Longest instruction that is expected, in text ids; only the cache's size depends on it.
 MAX_TEXT_IDS = 256
-# Sessions that share a policy are decided for in rows of a matrix product, at least so many. From four rows on the CPU's products give
-# each row the same sum however many others there are, so an answer does not depend on who else is asking.
-SHARED_ROWS = 4
 
 
 class Emu3Policy:
@@ -85,11 +82,11 @@ class Emu3Policy:
         temperature = settings.temperature if temperature is None else temperature
         self._writer = ActionWriter(self.checkpoint.model, vocabulary, grammar, temperature)
         self._trunk = CachedTrunk(self.checkpoint.model)
-        self._alone = Session(self, rows=1)
+        self._alone = Session(self)
 
     def sessions(self, number: int) -> list[Session]:
         """Policies that share this one's weights, for `infer_many`; see eval.lockstep.BatchedPolicy."""
-        return [Session(self, rows=SHARED_ROWS) for _ in range(number)]
+        return [Session(self) for _ in range(number)]
 
     def reset(self, instruction: str, *, task: str | None = None, seed: int | None = None) -> None:
         """Start a subtask: forget the past chunks. Raises ValueError for an empty or overlong instruction. `task` is not looked at."""
@@ -109,8 +106,8 @@ class Emu3Policy:
 
     @torch.inference_mode()
     def infer_many(self, sessions: Sequence[Session], observations: Sequence[dict[str, np.ndarray]]) -> list[dict[str, Any]]:
-        """What each session's `infer` would answer. Pictures and prompts are read session by session; the action ids of all are written
-        together, since writing one id costs reading the model's weights. "timing_s" is a session's share.
+        """What each session's `infer` would answer. Pictures are read session by session; prompts are read together and action ids written
+        together, since either costs reading the model's weights. "timing_s" is a session's share.
 
         Raises what `infer` raises; then no session has changed.
         """
@@ -121,16 +118,12 @@ class Emu3Policy:
                 images = [session.look(observation) for session, observation in zip(sessions, observations, strict=True)]
                 committed = [self._committed(observation) for observation in observations]
             with _timed(timing, "prefill"):
-                states = torch.stack([session.prefill(seen) for session, seen in zip(sessions, images, strict=True)])
+                parts = [(session.sequence, session.unread(seen)) for session, seen in zip(sessions, images, strict=True)]
+                states = torch.stack([states_nH[-1] for states_nH in self._trunk.extend_each(parts)])
             with _timed(timing, "decode"):
                 sequences, generators = [session.sequence for session in sessions], [session.generator for session in sessions]
-                written = self._writer.write_each(
-                    sequences,
-                    states,
-                    generators,
-                    rows=max(session.rows for session in sessions),
-                    prefixes=[self._prefix(actions) for actions in committed],
-                )
+                prefixes = [self._prefix(actions) for actions in committed]
+                written = self._writer.write_each(sequences, states, generators, prefixes)
             with _timed(timing, "detokenize"):
                 decoded = [self._actions(chunk.ids) for chunk in written]
         except Exception:
@@ -191,10 +184,10 @@ class Emu3Policy:
 
 
 class Session:
-    """One arm's instruction, past and random stream; a Policy. `Emu3Policy.sessions` makes it. rows: see SHARED_ROWS."""
+    """One arm's instruction, past and random stream; a Policy. `Emu3Policy.sessions` makes it."""
 
-    def __init__(self, policy: Emu3Policy, rows: int):
-        self.policy, self.rows = policy, rows
+    def __init__(self, policy: Emu3Policy):
+        self.policy = policy
         self.name, self.requires = policy.name, policy.requires
         self.sequence = policy.new_sequence()
         self.generator = torch.Generator(policy.checkpoint.model.device)
@@ -245,14 +238,14 @@ class Session:
             images.append(Image(grid.name, codes[0].cpu().numpy()))
         return images
 
-    def prefill(self, images: list[Image]) -> torch.Tensor:
-        """State after "begin of action" of the document so far; computes only what the cache does not hold yet."""
+    def unread(self, images: list[Image]) -> torch.Tensor:
+        """Embeddings of the document up to "begin of action", as far as the cache does not hold it yet: (n, H)."""
         model, vocabulary = self.policy.checkpoint.model, self.policy.checkpoint.vocabulary
         document = [self._text, *(segment for chunk in self._past for segment in chunk), *images]
         batch = collate([document], vocabulary).to(model.device)
         embedded = model.embed(batch)[0, : length_of(document, vocabulary)]
         begin = model.model.embed_tokens.weight[vocabulary.begin_action][None]
-        return self.sequence.extend(torch.cat([embedded, begin])[self.sequence.length :])[-1]
+        return torch.cat([embedded, begin])[self.sequence.length :]
 
     def remember(self, chunk: list[Segment]) -> None:
         """Add a chunk to the past. Where the oldest must go, all after the instruction moves, so the cache keeps that alone."""

@@ -21,6 +21,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+from emu3_vla.documents.pictures import in_order
 from emu3_vla.documents.segments import ActionChunk, Begin, DocumentError, Image, Segment, check_order
 from emu3_vla.documents.spans import Spans
 from emu3_vla.documents.stream import spell, spelled_length
@@ -242,5 +243,6 @@ def _places(segments: Sequence[Segment], vocabulary: Vocabulary, blocks: int) ->
     """Which place each block has: int64 (blocks,)."""
     if not isinstance(vocabulary, CompactVocabulary):
         return np.zeros(blocks, np.int64)
-    places = [np.arange(0), *(np.asarray(vocabulary.places(segment.name)) for segment in segments if isinstance(segment, Image))]
-    return np.concatenate(places)
+    images = [segment for segment in segments if isinstance(segment, Image)]
+    places = [in_order(image, np.asarray(vocabulary.places(image.name)), vocabulary.block_size) for image in images]
+    return np.concatenate([np.arange(0), *places])
