@@ -129,7 +129,8 @@ def claim_output_dir(command: str, config: Any) -> Path:
     An empty `output_dir` becomes outputs/<command>/<hash of the configuration>, so the same command finds its own folder again.
     """
     resolved = dataclasses.asdict(config)
-    resolved.pop("output_dir")
+    for name in ("output_dir", *getattr(config, "RESUMES_WITH", ())):
+        resolved.pop(name)
     record = {"command": command, "config": resolved}
     text = json.dumps(record, indent=1, sort_keys=True, default=str)
     digest = hashlib.sha256(text.encode()).hexdigest()
