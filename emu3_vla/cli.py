@@ -135,6 +135,8 @@ def claim_output_dir(command: str, config: Any) -> Path:
     text = json.dumps(record, indent=1, sort_keys=True, default=str)
     digest = hashlib.sha256(text.encode()).hexdigest()
     folder = Path(config.output_dir or Path("outputs") / command / digest[:8])
+    if not _leads():
+        return folder
     claim = folder / "run.json"
     if claim.exists():
         if claim.read_text() != text:
@@ -156,9 +158,14 @@ def claim_output_dir(command: str, config: Any) -> Path:
 
 def release_output_dir(folder: Path | None) -> None:
     """Give up a claim under which nothing was made, so that the corrected command may use the folder."""
-    if folder is not None and [path.name for path in folder.iterdir()] == ["run.json"]:
+    if folder is not None and _leads() and [path.name for path in folder.iterdir()] == ["run.json"]:
         (folder / "run.json").unlink()
         folder.rmdir()
+
+
+def _leads() -> bool:
+    """Whether this is the process that makes folders, of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def nearest(name: str, known) -> str:

@@ -79,7 +79,8 @@ def distribute(
 
 
 def _shard(whole: nn.Module, model: Emu3ForCausalLM, ranks: Ranks, dtype: torch.dtype) -> None:
-    options: dict[str, Any] = {"mesh": ranks.shards}
+    # Gathered weights are let go after every forward pass: those of one with the averaged weights must not stay for the next.
+    options: dict[str, Any] = {"mesh": ranks.shards, "reshard_after_forward": True}
     if dtype != torch.float32:  # sums of gradients stay float32, as FlatAdamW's do
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     parts = [model.model.embed_tokens, *model.model.layers, model.lm_head]
