@@ -194,7 +194,7 @@ def train(config: TrainConfig) -> None:
     validation = ours.share(held_out.fixed(config.validation_documents))
 
     dtype = DTYPES[config.precision]
-    model = ours.build(lambda: _new_model(config, source), lambda: _outline(config, source), source.vocabulary, dtype)
+    model = ours.build(lambda: _new_model(config, source), lambda: outline(config, source), source.vocabulary, dtype)
     if config.lora_rank:
         lora.attach(model, config.lora)
     optimizer = ours.optimizer(config.optimizer, dtype)
@@ -287,7 +287,7 @@ def _check_skipped(skipped: int, step: int, norm: float, learned: Figures, confi
 
 def _new_model(config: TrainConfig, source: Source) -> BlockEmu3ForCausalLM:
     torch.manual_seed(config.seed)
-    model = _outline(config, source)
+    model = outline(config, source)
     if config.init_from:
         folder = Path(config.init_from) / checkpoint.MODEL
         model.load_state_dict(checkpoint.load_weights(folder, model.config))
@@ -297,7 +297,8 @@ def _new_model(config: TrainConfig, source: Source) -> BlockEmu3ForCausalLM:
     return model
 
 
-def _outline(config: TrainConfig, source: Source) -> BlockEmu3ForCausalLM:
+def outline(config: TrainConfig, source: Source) -> BlockEmu3ForCausalLM:
+    """The model that a run trains, before its weights."""
     return BlockEmu3ForCausalLM(build_config(source.vocabulary, **config.model.arguments()))
 
 

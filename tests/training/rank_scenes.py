@@ -94,7 +94,7 @@ def _loaded(config: TrainConfig) -> tuple[team.Replicas, object]:
     source = open_source(config.tokens, config.model.block_size)
     ours = team.form(config.parallel)
     dtype = loop.DTYPES[config.precision]
-    ours.build(lambda: loop._new_model(config, source), lambda: loop._outline(config, source), source.vocabulary, dtype)
+    ours.build(lambda: loop._new_model(config, source), lambda: loop.outline(config, source), source.vocabulary, dtype)
     return ours, ours.optimizer(config.optimizer, dtype)
 
 

@@ -55,7 +55,7 @@ def _newest(config: TrainConfig) -> state.Saved:
 
 
 def _shapes(config: TrainConfig) -> dict[str, tuple[int, ...]]:
-    model = loop._outline(config, open_source(config.tokens, config.model.block_size))
+    model = loop.outline(config, open_source(config.tokens, config.model.block_size))
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
