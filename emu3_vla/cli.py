@@ -33,7 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "tokens, error and time of FAST and binning on the same chunks",
     ),
     "train": ("emu3_vla.training.loop:TrainConfig", "next-token prediction on a token store"),
-    "scaling-law": ("emu3_vla.training.scaling_law:ScalingLawConfig", "how loss falls with size of model and data; predicts a larger model"),
+    "scaling-law": ("emu3_vla.training.scaling_law:ScalingLawConfig", "how the loss falls with model and data; predicts a larger model"),
     "eval": ("eval.run:EvalConfig", "score a policy on CALVIN's long-horizon chains"),
     "compare": ("eval.compare:CompareConfig", "two evaluations of the same chains, paired: is the difference real?"),
     "report": ("eval.report:ReportConfig", "an evaluation's page anew, beside others with --compare=<results>"),

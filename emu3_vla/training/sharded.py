@@ -200,7 +200,7 @@ class ShardedAdamW:
         """How many ranks hold each element of a parameter."""
         parts = 1
         for placement, size in zip(parameter.placements, parameter.device_mesh.shape, strict=True):
-            parts *= size if placement.is_shard() else 1
+            parts *= 1 if placement.is_replicate() else size  # is_shard() is false of what fsdp and tp both cut
         return self._ranks.world / parts
 
 
