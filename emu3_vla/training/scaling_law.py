@@ -174,7 +174,7 @@ def _train_missing(runs: list[Run], config: ScalingLawConfig) -> None:
         bar = progress.add_task("runs, by work", total=total, completed=total - left)
         if not missing:
             return
-        with context.Pool(min(config.workers, len(missing)), initializer=_end_with_parent, maxtasksperchild=1) as pool:
+        with context.Pool(min(config.workers, len(missing)), initializer=_end_with_parent) as pool:
             for name in pool.imap_unordered(_train, [run.config for run in missing], chunksize=1):
                 progress.advance(bar, work[name])
 
