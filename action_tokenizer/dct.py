@@ -48,7 +48,7 @@ def quantize(chunks_NTA: np.ndarray, scale: float) -> np.ndarray:
 
 def dequantize(coefficients_NTA: np.ndarray, scale: float) -> np.ndarray:
     """Inverse of `quantize` up to its rounding. Integers (N, T, A) in, float64 (N, T, A) out."""
-    basis_TF = _basis(coefficients_NTA.shape[1])
+    basis_TF = basis(coefficients_NTA.shape[1])
     return np.matmul(basis_TF, coefficients_NTA / scale)
 
 
@@ -58,7 +58,7 @@ def coefficient_bound(horizon: int, scale: float, limit: float) -> int:
 
 
 @lru_cache(maxsize=32)
-def _basis(horizon: int) -> np.ndarray:
+def basis(horizon: int) -> np.ndarray:
     """The orthonormal DCT-III as a float64 matrix (T, F): actions = basis @ coefficients."""
     steps, frequencies = np.arange(horizon)[:, None], np.arange(horizon)[None]
     basis = np.cos(np.pi * (2 * steps + 1) * frequencies / (2 * horizon)) * np.sqrt(2 / horizon)

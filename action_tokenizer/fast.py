@@ -25,6 +25,7 @@ from action_tokenizer.detokenize import Repairs, TokenTable
 from action_tokenizer.encoding import ChunkEncoder
 from action_tokenizer.errors import ActionTokenizerError, CoefficientOutOfRange
 from action_tokenizer.grammar import ActionGrammar, byte_transitions
+from action_tokenizer.prefix import CommittedPrefix
 
 
 class FastTokenizer:
@@ -123,6 +124,17 @@ class FastTokenizer:
             bound = dct.coefficient_bound(horizon, self.scale, limit)
             bounds = (max(0, -bound - self.min_token), bound - self.min_token)
         return ActionGrammar(byte_transitions(self._token_bytes, *bounds), horizon=horizon, action_dim=action_dim)
+
+    def committed(self, actions_nA, *, horizon: int | None = None, correlation: float) -> CommittedPrefix:
+        """For writing a chunk whose first n actions (normalised, (n, A)) are decided already; see `prefix`. Raises BadActions."""
+        return CommittedPrefix(
+            actions_nA,
+            horizon=self._shape(horizon, self.action_dim)[0],
+            token_bytes=self._token_bytes,
+            min_token=self.min_token,
+            scale=self.scale,
+            correlation=correlation,
+        )
 
     def has_coefficients(self, coefficients: np.ndarray) -> np.ndarray:
         """Whether each coefficient can be encoded: integers of any shape to bool of that shape."""

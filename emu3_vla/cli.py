@@ -27,23 +27,27 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "collect": ("emu3_vla.commands.collect:CollectConfig", "scripted expert's episodes, with disturbances, into an episode store"),
     "train-tokenizer": ("emu3_vla.vision_tokenizer.train:TrainTokenizerConfig", "train a vision tokenizer on an episode store"),
     "eval-tokenizer": ("emu3_vla.vision_tokenizer.evaluate:EvalTokenizerConfig", "how good vision tokenizers are, side by side"),
+    "convert": ("emu3_vla.data.recordings.convert:ConvertConfig", "recordings of CALVIN, LeRobot and our own, any into any"),
+    "inspect": ("emu3_vla.data.recordings.inspection:InspectConfig", "what a dataset of recordings holds, and what in it is suspicious"),
     "tokenize": ("emu3_vla.data.tokenize:TokenizeConfig", "episode store → token store"),
     "compare-action-tokenizers": (
         "action_tokenizer.compare:CompareConfig",
         "tokens, error and time of FAST and binning on the same chunks",
     ),
-    "train": ("emu3_vla.training.loop:TrainConfig", "next-token prediction on a token store"),
+    "train": ("emu3_vla.training.loop:TrainConfig", "next-token prediction on a token store; preset=stage/... for each stage"),
+    "prefer": ("emu3_vla.commands.prefer:PreferConfig", "pairs of a policy's own answers, ranked by the simulator, for stage/dpo"),
     "scaling-law": ("emu3_vla.training.scaling_law:ScalingLawConfig", "how the loss falls with model and data; predicts a larger model"),
     "eval": ("eval.run:EvalConfig", "score a policy on CALVIN's long-horizon chains"),
     "compare": ("eval.compare:CompareConfig", "two evaluations of the same chains, paired: is the difference real?"),
     "report": ("eval.report:ReportConfig", "an evaluation's page anew, beside others with --compare=<results>"),
     "rollout": ("eval.rollout:RolloutConfig", "one chain, with video and a Rerun recording"),
+    "serve": ("emu3_vla.commands.serve:ServeConfig", "a policy over websockets, as openpi's client speaks to it"),
     "export": ("emu3_vla.export:ExportConfig", "write a checkpoint in Transformers' or Llama's layout, for other programs"),
     "doctor": ("emu3_vla.commands.doctor:DoctorConfig", "check this installation; --fetch-assets downloads calvin_env's assets"),
 }
 
 
-POSITIONAL: dict[str, tuple[str, ...]] = {"compare": ("a", "b"), "doctor": ("checkpoint",), "report": ("results",)}
+POSITIONAL: dict[str, tuple[str, ...]] = {"compare": ("a", "b"), "doctor": ("checkpoint",), "inspect": ("dataset",), "report": ("results",)}
 """Commands whose first arguments may be bare values, and the options that they are."""
 
 
@@ -94,7 +98,7 @@ def compose(command: str, overrides: list[str]) -> Any:
     target = _target(command)
     defaults = _defaults(target)
     overrides = [_as_override(argument) for argument in _name_positional(command, overrides)]
-    preset, overrides = _take_preset(command, overrides)
+    presets, overrides = _take_presets(command, overrides)
     known = _flatten(defaults)
     for override in overrides:
         key = override.split("=", 1)[0].lstrip("+~")
@@ -107,10 +111,10 @@ def compose(command: str, overrides: list[str]) -> Any:
     try:
         with initialize_config_dir(str(importlib.resources.files("configs")), version_base="1.3"):
             composed = hydra_compose(store_name, overrides)
-            if preset:
-                path = importlib.resources.files("configs") / command / f"{preset}.yaml"
-                composed = OmegaConf.merge(hydra_compose(store_name), OmegaConf.load(str(path)))
-                composed = OmegaConf.merge(composed, OmegaConf.from_dotlist(overrides))
+            if presets:
+                folder = importlib.resources.files("configs") / command
+                files = [OmegaConf.load(str(folder / f"{preset}.yaml")) for preset in presets]
+                composed = OmegaConf.merge(hydra_compose(store_name), *files, OmegaConf.from_dotlist(overrides))
         values = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(f"options of 'emu3-vla {command}': {str(error).splitlines()[0]}") from error
@@ -225,16 +229,19 @@ def _as_override(argument: str) -> str:
     return f"{name.replace('-', '_')}={value if given else 'true'}"
 
 
-def _take_preset(command: str, overrides: list[str]) -> tuple[str | None, list[str]]:
+def _take_presets(command: str, overrides: list[str]) -> tuple[list[str], list[str]]:
+    """Presets in the order in which they apply ("preset=stage/vla,stage/debug" names two), and the other overrides."""
     rest = [override for override in overrides if not override.startswith("preset=")]
-    chosen = [override.removeprefix("preset=") for override in overrides if override.startswith("preset=")]
-    if not chosen:
-        return None, rest
-    folder = importlib.resources.files("configs") / command
-    known = sorted(path.name.removesuffix(".yaml") for path in folder.iterdir()) if folder.is_dir() else []
-    if chosen[-1] not in known:
-        raise UsageError(f"unknown preset {chosen[-1]!r} of 'emu3-vla {command}'{nearest(chosen[-1], known)}")
-    return chosen[-1], rest
+    given = [override.removeprefix("preset=") for override in overrides if override.startswith("preset=")]
+    if not given:
+        return [], rest
+    folder = Path(str(importlib.resources.files("configs") / command))
+    known = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+    chosen = given[-1].split(",")
+    for preset in chosen:
+        if preset not in known:
+            raise UsageError(f"unknown preset {preset!r} of 'emu3-vla {command}'{nearest(preset, known)}")
+    return chosen, rest
 
 
 def _difference(old: dict, new: dict) -> str:

@@ -20,8 +20,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Emu3ForCausalLM, Emu3TextConfig
 
+from emu3_vla import attention
+from emu3_vla.cross_entropy import SLICE_LOGITS, check_targets, sliced_cross_entropy
 from emu3_vla.documents import IGNORE, Batch
-from emu3_vla.vocabulary import CompactVocabulary
+from emu3_vla.vocabulary import CompactVocabulary, Emu3Vocabulary
 
 
 class BlockEmu3Config(Emu3TextConfig):
@@ -34,6 +36,7 @@ class BlockEmu3Config(Emu3TextConfig):
     num_places: int = 25  # block places over all images of a chunk
     code_dim: int = 64  # width of one code's embedding before a block's are merged
     block_hidden: int = 0  # width of what is computed of a block's codes together, beside their sum; 0: nothing
+    hide_codes: float = 0.0  # share of the codes that a block shows as zeros in training, so that no single one is relied on
     depth_size: int = 128
     depth_layers: int = 2
     depth_heads: int = 4
@@ -56,6 +59,12 @@ def build_config(vocabulary: CompactVocabulary, **sizes: Any) -> BlockEmu3Config
     return config
 
 
+def build_plain_config(vocabulary: Emu3Vocabulary, **sizes: Any) -> Emu3TextConfig:
+    """A configuration of Emu3 itself. sizes: any field of Emu3TextConfig."""
+    special = {"pad_token_id": vocabulary.pad, "bos_token_id": vocabulary.bos, "eos_token_id": vocabulary.eos}
+    return Emu3TextConfig(vocab_size=vocabulary.head_size, **special, **sizes)
+
+
 class BlockEmu3ForCausalLM(Emu3ForCausalLM):
     """Emu3 over vision blocks. `model` and `lm_head` are Emu3ForCausalLM's own; `blocks` and `depth` are added."""
 
@@ -66,6 +75,7 @@ class BlockEmu3ForCausalLM(Emu3ForCausalLM):
         self.blocks = BlockEmbedding(config)
         self.depth = DepthDecoder(config)
         self.post_init()
+        self.blocks.balance()
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """One embedding per position: (B, L, H)."""
@@ -75,8 +85,23 @@ class BlockEmu3ForCausalLM(Emu3ForCausalLM):
         return flat_PH.view_as(embedded_BLH)
 
     def states(self, batch: Batch) -> torch.Tensor:
-        """The trunk's state after every position: (P, H)."""
-        return self.model(inputs_embeds=self.embed(batch), use_cache=False).last_hidden_state.flatten(0, 1)
+        """The trunk's state after every position: (P, H). A packed batch needs `attention.confine`d attention."""
+        return _trunk_states(self, self.embed(batch), batch)
+
+
+class PlainEmu3ForCausalLM(Emu3ForCausalLM):
+    """Emu3 itself, for training on batches: vision codes are ids of its one head, one per position."""
+
+    def states(self, batch: Batch) -> torch.Tensor:
+        """As BlockEmu3ForCausalLM.states."""
+        return _trunk_states(self, self.model.embed_tokens(batch.ids_BL), batch)
+
+
+def _trunk_states(model: Emu3ForCausalLM, embedded_BLH: torch.Tensor, batch: Batch) -> torch.Tensor:
+    packed = {} if batch.spans is None else {"position_ids": batch.spans.positions_BL, "spans": batch.spans}
+    if packed and model.config._attn_implementation != attention.NAME:
+        raise ValueError("this batch holds several documents a row, and the model's attention does not keep to one: call attention.confine")
+    return model.model(inputs_embeds=embedded_BLH, use_cache=False, **packed).last_hidden_state.flatten(0, 1)
 
 
 class BlockEmbedding(nn.Module):
@@ -84,24 +109,45 @@ class BlockEmbedding(nn.Module):
 
     def __init__(self, config: BlockEmu3Config):
         super().__init__()
+        self.hide = config.hide_codes
         self.codes = nn.Embedding(config.codebook_size, config.code_dim)
         # One matrix over all codes of the block at once: each place within the block has its own part of it.
         self.merge = nn.Linear(config.codes_per_block * config.code_dim, config.hidden_size, bias=False)
         self.places = nn.Embedding(config.num_places, config.hidden_size)
         # What several codes show together, an edge that crosses them or the place of a corner, is no sum over them.
         self.together = SquaredReluMlp(config.codes_per_block * config.code_dim, config.block_hidden, config.hidden_size)
+        if self.together:  # or what a block shows would outgrow where it is
+            self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, codes_NC: torch.Tensor, places_N: torch.Tensor) -> torch.Tensor:
-        block_NE = self.codes(codes_NC).flatten(1)
-        merged_NH = self.merge(block_NE) + self.places(places_N)
-        return merged_NH + self.together(block_NE) if self.together else merged_NH
+        block_NE = self._shown(self.codes(codes_NC)).flatten(1)
+        merged_NH = self.merge(block_NE)
+        if self.together:
+            merged_NH = self.norm(merged_NH + self.together(block_NE))
+        return merged_NH + self.places(places_N)
+
+    @torch.no_grad()
+    def balance(self, scale: float = 0.1) -> None:
+        """Begin with what is shown and where it is in equal parts."""
+        if self.together:
+            self.norm.weight.fill_(scale)
+            self.places.weight.normal_(0, scale)
 
     @torch.no_grad()
     def start_from_codebook(self, vectors_KE: torch.Tensor) -> None:
-        """Give codes that look alike embeddings that are alike: a random projection of the tokenizer's code vectors (codes, width)."""
+        """Give codes that look alike embeddings that are alike: the tokenizer's code vectors (codes, width), projected at random where the
+        embedding has another width."""
         standard_KE = (vectors_KE - vectors_KE.mean(0)) / vectors_KE.std(0)
-        projection_EC = torch.randn(vectors_KE.shape[1], self.codes.embedding_dim) / vectors_KE.shape[1] ** 0.5
+        width = self.codes.embedding_dim
+        same = width == vectors_KE.shape[1]
+        projection_EC = torch.eye(width) if same else torch.randn(vectors_KE.shape[1], width) / vectors_KE.shape[1] ** 0.5
         self.codes.weight.copy_(standard_KE @ projection_EC * self.codes.weight.std())
+
+    def _shown(self, embedded_NCE: torch.Tensor) -> torch.Tensor:
+        if not (self.training and self.hide):
+            return embedded_NCE
+        shown_NC = torch.rand(embedded_NCE.shape[:2], device=embedded_NCE.device) >= self.hide
+        return embedded_NCE * shown_NC[..., None]
 
 
 class SquaredReluMlp(nn.Module):
@@ -183,14 +229,19 @@ class DepthLayer(nn.Module):
 
 
 def token_losses(
-    model: BlockEmu3ForCausalLM, states_PH: torch.Tensor, targets_P: torch.Tensor, smoothing: float = 0.0
+    model: BlockEmu3ForCausalLM | PlainEmu3ForCausalLM, states_PH: torch.Tensor, targets_P: torch.Tensor, smoothing: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cross-entropy of the supervised ids, over the head's ids alone (vision codes have their own head).
+    """Cross-entropy of the supervised ids, over the head's ids alone (codes in blocks have their own head).
 
-    Returns losses float32 (M,), their targets int64 (M,), and whether the likeliest id was right, bool (M,).
+    Where the logits of all of them would be many, they are never all held. Returns losses float32 (M,), their targets int64 (M,), and
+    whether the likeliest id was right, bool (M,). Raises ValueError for a target that the head does not write.
     """
     at = (targets_P != IGNORE).nonzero().squeeze(1)
     targets = targets_P[at]
+    if len(targets) * model.config.vocab_size > SLICE_LOGITS:
+        losses, right = sliced_cross_entropy(states_PH[at], model.lm_head.weight, targets, smoothing)
+        return losses, targets, right
+    check_targets(targets, model.config.vocab_size)
     logits = model.lm_head(states_PH[at]).float()
     losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
     return losses, targets, logits.detach().argmax(dim=1) == targets

@@ -66,6 +66,10 @@ SENSORS: dict[str, ArraySpec] = {
 }
 """What an environment adds when asked to. Keys, shapes and dtypes are those of CALVIN's dataset."""
 
+COMMITTED_ACTIONS = "committed_actions"
+"""Key under which an observation tells a policy the actions (n, 7) that will be executed while it decides: the chunk that it answers begins
+with them. A policy that heeds it answers "committed": n as well. See policies.chunking."""
+
 ACTION = ArraySpec(shape=(ACTION_DIM,), dtype="float32", meaning="relative Cartesian action in [-1, 1]; gripper exactly -1 or +1")
 
 
@@ -80,23 +84,27 @@ class Episode:
     T control steps at 30 Hz; F frames, taken *before* the action of step `frame_step[f]`.
 
     actions      float32 (T, 7)          relative Cartesian actions as executed
-    robot_obs    float64 (T, 15)         before the action of that step
-    scene_obs    float64 (T, 24)
+    robot_obs    float64 (T, 15)         before the action of that step; NaN where a real arm's recording lacks the entry
+    scene_obs    float64 (T, 24)         None where nobody knows the scene's state: recordings of real arms
     imitate      bool (T,)               False where the action was an injected disturbance, not the demonstrator's choice
     frame_step   int64 (F,)              ascending, in [0, T)
     rgb_static   uint8 (F, 200, 200, 3)
     rgb_gripper  uint8 (F, 84, 84, 3)
+    extra        numeric (T, ...) each   what else the recording holds of each step, under the names that it has there
+
+    task: name of the task; of recordings without such names, the instruction itself.
     """
 
     task: str
     instruction: str
     actions: np.ndarray
     robot_obs: np.ndarray
-    scene_obs: np.ndarray
+    scene_obs: np.ndarray | None = None
     imitate: np.ndarray
     frame_step: np.ndarray
     rgb_static: np.ndarray
     rgb_gripper: np.ndarray
+    extra: dict[str, np.ndarray] = field(default_factory=dict)
     info: dict = field(default_factory=dict)
 
     def __post_init__(self):
@@ -104,14 +112,20 @@ class Episode:
         expected = {
             "actions": (steps, ACTION_DIM),
             "robot_obs": (steps, 15),
-            "scene_obs": (steps, 24),
             "imitate": (steps,),
             "rgb_static": (frames, 200, 200, 3),
             "rgb_gripper": (frames, 84, 84, 3),
         }
+        if self.scene_obs is not None:
+            expected["scene_obs"] = (steps, 24)
         for name, shape in expected.items():
             if getattr(self, name).shape != shape:
                 raise ValueError(f"episode of {self.task!r}: {name} has shape {getattr(self, name).shape}, expected {shape}")
+        for name, values in self.extra.items():
+            if len(values) != steps or values.dtype.kind not in "biuf":
+                raise ValueError(
+                    f"episode of {self.task!r}: extra {name!r} is {values.dtype} with {len(values)} rows, expected {steps} rows of numbers"
+                )
         if frames and (np.any(np.diff(self.frame_step) <= 0) or self.frame_step[0] < 0 or self.frame_step[-1] >= steps):
             raise ValueError(f"episode of {self.task!r}: frame_step must ascend within [0, {steps}), got {self.frame_step.tolist()}")
 

@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from envs.calvin.tasks import completed_tasks
-from envs.spec import CAMERAS, ROBOT_OBS, SCENE_OBS, InvalidAction, check_action
+from envs.spec import ACTION_DIM, CAMERAS, ROBOT_OBS, SCENE_OBS, InvalidAction, check_action
 from eval.sequences import Chain, Condition, initial_state
 from eval.variants import LateEyes, LateHands, Push, Variants, hold
 from policies.base import Policy
+from policies.safety import PERIOD_S, SafetyEvent, SafetyGuard, SafetyOptions
 
 if TYPE_CHECKING:
     from envs.calvin import CalvinEnv
@@ -54,6 +55,8 @@ class ChainResult:
 
     approach: the tasks that the scripted expert did first, to reach the state in which it begins (single-task evaluation alone).
     renderer, calvin_env: as the simulator that ran it names them; empty where the chain did not begin.
+    safety: every intervention of the guard (policies.safety.SafetyEvent), where there is one. acting: how the arm was kept busy: latency of
+    decisions, dropped deadlines, idle periods; as far as policy and arm keep account of them.
     """
 
     index: int
@@ -66,6 +69,8 @@ class ChainResult:
     approach: tuple[str, ...] = ()
     renderer: str = ""
     calvin_env: str = ""
+    safety: list[dict[str, Any]] = field(default_factory=list)
+    acting: dict[str, Any] = field(default_factory=dict)
     error: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -84,6 +89,9 @@ class Watcher:
 
     def decided(self, answer: dict[str, Any]) -> None:
         """The policy answered; `answer["actions"]` was checked."""
+
+    def guarded(self, events: list[SafetyEvent]) -> None:
+        """The guard changed the action of the step that comes now."""
 
     def stepped(self, env: CalvinEnv, action: np.ndarray, before: np.ndarray, attempt: Attempt) -> None:
         """One control step was made. before: robot_obs (15,) ahead of it. attempt.success is already settled."""
@@ -108,6 +116,7 @@ class Rules:
     max_steps: int
     seed: int
     variants: Variants = field(default_factory=Variants)
+    safety: SafetyOptions = field(default_factory=SafetyOptions)
 
 
 Observation = dict[str, np.ndarray]
@@ -142,13 +151,15 @@ def run_chain(
     watcher: Watcher | None = None,
     variants: Variants | None = None,
     start: Start = official_start,
+    safety: SafetyOptions | None = None,
 ) -> ChainResult:
     """Run chain number `index` and say how it went.
 
     env: a CalvinEnv with observe="on_demand". An exception of the simulator or the policy (InvalidAction for an action that may not
     reach an arm) does not propagate: it becomes the result's `error`.
     """
-    rules = Rules(instructions=instructions, max_steps=max_steps, seed=seed, variants=variants or Variants())
+    variants, safety = variants or Variants(), safety or SafetyOptions()
+    rules = Rules(instructions=instructions, max_steps=max_steps, seed=seed, variants=variants, safety=safety)
     steps = chain_steps(env, policy, index, chain, rules, watcher=watcher, start=start)
     try:
         observation = next(steps)
@@ -185,6 +196,7 @@ def chain_steps(
         begin_chain = getattr(policy, "begin_chain", None)
         if begin_chain is not None:  # the arm was put elsewhere: a policy that carries a belief about it between subtasks drops it
             begin_chain()
+        guard = _Guarded(env, rules.safety, result, watcher, state) if rules.safety.enabled else None
         watcher.chain_begins(env, index, subtasks)
         for position, task in enumerate(subtasks):
             said = rules.variants.instruction(task, rules.instructions[task], rules.seed, index, position)
@@ -192,12 +204,15 @@ def chain_steps(
             result.attempts.append(attempt)
             policy.reset(attempt.instruction, task=task, seed=subtask_seed(rules.seed, index, position))
             watcher.subtask_begins(position, attempt)
-            state = yield from _Subtask(env, policy, attempt, rules, watcher).steps(state, rules.variants.push(rules.seed, index, position))
+            push = rules.variants.push(rules.seed, index, position)
+            state = yield from _Subtask(env, policy, attempt, rules, watcher, guard).steps(state, push)
             watcher.subtask_ends(position, attempt)
             if not attempt.success:
                 break
     except Exception as error:  # noqa: BLE001 - nothing is hidden: it is recorded as this chain's error and makes the command fail
         result.error = _describe(error, result)
+    result.acting = _acting(env, policy)
+    _at_rest(env, policy, result)
     result.num_solved = sum(attempt.success for attempt in result.attempts)
     result.steps = sum(attempt.steps for attempt in result.attempts)
     result.seconds = time.perf_counter() - began
@@ -208,8 +223,10 @@ def chain_steps(
 class _Subtask:
     """One subtask: the loop of looking, deciding, moving and judging."""
 
-    def __init__(self, env: CalvinEnv, policy: Policy, attempt: Attempt, rules: Rules, watcher: Watcher):
-        self.env, self.policy, self.attempt, self.watcher = env, policy, attempt, watcher
+    def __init__(self, env: CalvinEnv, policy: Policy, attempt: Attempt, rules: Rules, watcher: Watcher, guard: _Guarded | None):
+        self.env, self.policy, self.attempt, self.watcher, self.guard = env, policy, attempt, watcher, guard
+        self.judge = getattr(env, "completed", completed_tasks)  # a real arm has no oracle
+        self.observed_s = 0.0  # on the clock of `_clock`: when that was seen which the pending actions were decided on
         self.max_steps = rules.max_steps
         sees = bool(policy.requires & set(CAMERAS))
         self.eyes = LateEyes(env, sees, rules.variants.observation_latency)
@@ -228,16 +245,20 @@ class _Subtask:
                 answer, seconds = yield self.eyes.seen()
                 attempt.policy_seconds += seconds
                 attempt.decisions += 1
-                pending.extend(checked_chunk(answer))
-                self.watcher.decided(answer)
+                chunk = checked_chunk(answer) if self.guard is None else unchecked_chunk(answer)
+                pending.extend(chunk)
+                # Real time went on while the policy decided; a simulation's did not.
+                self.observed_s = self._clock() - _age_s(answer, seconds if getattr(env, "realtime", False) else 0.0)
+                if np.shape(chunk[0]) == (ACTION_DIM,):  # else it is broken, and the guard says so
+                    self.watcher.decided(answer)
             action = self._action(state, push if pushed else None)
             before = state[ROBOT_OBS]
             state, _, _, _, info = env.step(action)
             attempt.steps += 1
-            attempt.success = attempt.task in completed_tasks(start, info, (attempt.task,))
+            attempt.success = attempt.task in self.judge(start, info, (attempt.task,))
             self.watcher.stepped(env, action, before, attempt)
         if not attempt.success:
-            attempt.happened = sorted(completed_tasks(start, info))
+            attempt.happened = sorted(self.judge(start, info))
         attempt.seconds = time.perf_counter() - began
         return state
 
@@ -246,14 +267,78 @@ class _Subtask:
         action = self.pending.popleft() if self.pending else None
         if self.hands is not None:
             action = self.hands.executes(action, state)
-        if push is None:
+        if push is not None:
+            self.attempt.pushed_steps += 1
+            action = self._guarded(push.action(hold(state)[-1]), age_s=0.0)
+            self._tell("executed", action)
             return action
-        action = push.action(hold(state)[-1])
-        self.attempt.pushed_steps += 1
-        executed = getattr(self.policy, "executed", None)
-        if executed is not None:  # a policy that keeps account of where the arm was sent (the expert) is told
-            executed(action)
+        given = self._guarded(action, age_s=self._clock() - self.observed_s)
+        if given is not action and not np.array_equal(given, action):
+            self._tell("altered", action, given)
+        return given
+
+    def _guarded(self, action: Any, age_s: float) -> np.ndarray:
+        return action if self.guard is None else self.guard.filter(action, age_s=age_s)
+
+    def _tell(self, what: str, *actions: np.ndarray) -> None:
+        """A policy that keeps account of where the arm was sent (the expert) is told what took the place of its action."""
+        told = getattr(self.policy, what, None)
+        if told is not None:
+            told(*actions)
+
+    def _clock(self) -> float:
+        """Seconds: of the wall for an arm in real time, else of the simulation."""
+        return time.monotonic() if getattr(self.env, "realtime", False) else self.attempt.steps * PERIOD_S
+
+
+class _Guarded:
+    """The guard of one chain, and where its events go. state: in which the chain begins."""
+
+    def __init__(self, env: CalvinEnv, options: SafetyOptions, result: ChainResult, watcher: Watcher, state: Observation):
+        self.guard, self.result, self.watcher = SafetyGuard(options), result, watcher
+        self.sent = getattr(env, "sent", lambda: None)
+        self.guard.reset(state[ROBOT_OBS])
+
+    def filter(self, action: Any, age_s: float) -> np.ndarray:
+        """What reaches the arm. Raises SafetyStopped."""
+        sent = self.sent()
+        if sent is not None:
+            self.guard.follow(*sent)
+        action, events = self.guard.filter(action, age_s=age_s)
+        if events:
+            self.result.safety += [event.to_json() for event in events]
+            self.watcher.guarded(events)
         return action
+
+
+def unchecked_chunk(answer: Any) -> list[Any]:
+    """A policy's actions for the guard, which judges them one by one; a malformed chunk is one bad command."""
+    try:
+        actions = np.asarray(answer["actions"])
+    except (TypeError, KeyError, ValueError):  # no dictionary, no actions in it, or rows of different lengths
+        return ["no actions"]
+    return list(actions) if actions.ndim == 2 and len(actions) and actions.dtype.kind in "fiu" else ["no actions"]
+
+
+def _age_s(answer: Any, otherwise: float) -> float:
+    """How long before the answer that was seen which it was decided on, as the policy says, or `otherwise` where it does not."""
+    return float(answer.get("age_s", otherwise)) if isinstance(answer, dict) else otherwise
+
+
+def _at_rest(env: CalvinEnv, policy: Policy, result: ChainResult) -> None:
+    """Stop an arm that has to be stopped, and a decision that nobody waits for any more."""
+    for end in (getattr(env, "halt", None), getattr(policy, "end_chain", None)):
+        try:
+            if end is not None:
+                end()
+        except Exception as error:  # noqa: BLE001 - the chain records it
+            result.error = result.error or _describe(error, result)
+
+
+def _acting(env: CalvinEnv, policy: Policy) -> dict[str, Any]:
+    """What policy and arm counted."""
+    counted = [getattr(who, "statistics", dict)() for who in (policy, env)]
+    return {name: value for counts in counted for name, value in counts.items()}
 
 
 def checked_chunk(answer: dict[str, Any]) -> np.ndarray:

@@ -3,41 +3,52 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import policies
 from envs.calvin.scenes import asset_folder, scene_named
+from envs.robot import Arm, RobotEnv, SimulatedArmOptions
 from policies.base import Policy
+from policies.chunking import ChunkedPolicy, ChunkingOptions
 
 if TYPE_CHECKING:
     from envs.calvin import CalvinEnv
     from envs.calvin_official import OfficialCalvinEnv
 
 OWN_ASSETS_NAME = "own low-polygon"
-OWN_SIMULATOR, ORIGINAL = "emu3-vla", "calvin_env"
-SIMULATORS = (OWN_SIMULATOR, ORIGINAL)
+OWN_SIMULATOR, ORIGINAL, ROBOT = SIMULATORS = ("emu3-vla", "calvin_env", "robot")
+SIMULATED_ARM = "simulated"
 DEFAULT_RENDERER = "tiny"
 RENDERERS = (DEFAULT_RENDERER, "egl")
+DOTTED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EnvConfig:
     """The simulator: checked when it is written down, not when the first worker starts."""
 
-    simulator: str = OWN_SIMULATOR  # emu3-vla, or calvin_env: the original, where it is installed
+    simulator: str = OWN_SIMULATOR  # emu3-vla; calvin_env: the original, where it is installed; or robot: an arm, see `arm`
     scene: str = "D"  # A, B, C or D
     assets: str = ""  # calvin_env's data/ folder; empty: our own low-polygon scenes (simulator=calvin_env: its installation's data/)
     version: str = ""  # calvin_env commit whose behaviour is followed, 1431a46 (default) or 797142c; simulator=calvin_env: the one required
     renderer: str = DEFAULT_RENDERER  # tiny (on the CPU) or egl (on the GPU)
+    arm: str = SIMULATED_ARM  # simulator=robot: simulated, or "my_package.my_module:make_arm" that returns an envs.robot.Arm
+    simulated_arm: SimulatedArmOptions = field(default_factory=SimulatedArmOptions)
 
     def __post_init__(self):
         choose("env.simulator", self.simulator, SIMULATORS)
         choose("env.renderer", self.renderer, RENDERERS)
+        if self.arm != SIMULATED_ARM and (self.simulator != ROBOT or not DOTTED.fullmatch(self.arm)):
+            raise ValueError(
+                f"env.arm={self.arm}: expected {SIMULATED_ARM} or package.module:function, together with env.simulator={ROBOT}"
+            )
         scene = scene_named(self.scene)
         if self.simulator == ORIGINAL:
             self._check_original()
@@ -47,15 +58,22 @@ class EnvConfig:
     @property
     def own_assets(self) -> bool:
         """Whether the scenes are our own low-polygon ones."""
-        return self.simulator == OWN_SIMULATOR and not self.assets
+        return self.simulator != ORIGINAL and not self.assets
+
+    @property
+    def realtime(self) -> bool:
+        """Whether time goes on while a policy decides."""
+        return self.simulator == ROBOT and (self.arm != SIMULATED_ARM or self.simulated_arm.realtime)
 
     @property
     def assets_name(self) -> str:
         """What results call the assets."""
         return OWN_ASSETS_NAME if self.own_assets else self.assets or "those of the installed calvin_env"
 
-    def make(self, camera_jitter: float = 0.0) -> CalvinEnv | OfficialCalvinEnv:
+    def make(self, camera_jitter: float = 0.0) -> CalvinEnv | OfficialCalvinEnv | RobotEnv:
         """A simulator that renders only when asked to. camera_jitter: of its cameras, drawn at each reset; for our own simulator alone."""
+        if self.simulator == ROBOT and self.arm != SIMULATED_ARM:
+            return RobotEnv(made_arm(self.arm), scene=self.scene)
         with _quiet_import():
             from envs.calvin.env import CalvinEnv
 
@@ -73,13 +91,18 @@ class EnvConfig:
             shared["version"] = self.version
         if self.renderer != DEFAULT_RENDERER:
             shared["renderer"] = self.renderer
-        return CalvinEnv(**shared)
+        env = CalvinEnv(**shared)
+        if self.simulator != ROBOT:
+            return env
+        from envs.simulated_arm import SimulatedArm
+
+        return RobotEnv(SimulatedArm(self.simulated_arm, env=env), scene=self.scene)
 
     def check_variants(self, camera_jitter: float) -> None:
         """Raises ValueError for a variant that this simulator does not have."""
-        if camera_jitter and self.simulator == ORIGINAL:
+        if camera_jitter and (self.simulator == ORIGINAL or self.arm != SIMULATED_ARM):
             raise ValueError(
-                f"eval.variant=camera_jitter is not for env.simulator={ORIGINAL}: its cameras stand where its configuration puts them"
+                f"eval.variant=camera_jitter is not for env.simulator={self.simulator}: its cameras stand where its configuration puts them"
             )
 
     def _check_original(self) -> None:
@@ -114,10 +137,26 @@ class PolicyOptions:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-def load_policy(name: str, env: EnvConfig, options: PolicyOptions | None = None) -> Policy:
-    """The policy called `name`; a policy with privileged knowledge of the scene is told which one it is."""
+def load_policy(name: str, env: EnvConfig, options: PolicyOptions | None = None, chunking: ChunkingOptions | None = None) -> Policy:
+    """The policy called `name`; a policy with privileged knowledge of the scene is told which one it is. chunking: how it acts."""
     told: dict[str, Any] = {"scene": env.scene} if name == "expert" else {}
-    return policies.load(name, **told, **(options.given() if options else {}))
+    policy = policies.load(name, **told, **(options.given() if options else {}))
+    return policy if chunking is None or chunking.plain else ChunkedPolicy(policy, chunking, realtime=env.realtime)
+
+
+def made_arm(dotted: str) -> Arm:
+    """What the function called `dotted` returns. Raises ValueError where there is no such function."""
+    module, name = dotted.split(":")
+    try:
+        return getattr(importlib.import_module(module), name)()
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there; something that it needs is not
+        raise ValueError(f"env.arm={dotted}: no module {error.name!r} (is its folder on PYTHONPATH?)") from error
+    except AttributeError as error:
+        if hasattr(sys.modules.get(module), name):
+            raise  # it is there, and failed
+        raise ValueError(f"env.arm={dotted}: {error}") from error
 
 
 def choose(option: str, value: str, known: tuple[str, ...]) -> None:

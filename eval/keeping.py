@@ -11,6 +11,7 @@ import numpy as np
 from eval.chain import Attempt, ChainResult, Watcher
 from eval.gallery import FAILURES_FOLDER, FailurePictures
 from eval.watching import Camera, Watchers
+from policies.safety import SafetyEvent
 
 if TYPE_CHECKING:
     from envs.calvin import CalvinEnv
@@ -64,6 +65,9 @@ class ChainRecordings(Watcher):
 
     def decided(self, answer: dict) -> None:
         self.recorder.decided(answer)
+
+    def guarded(self, events: list[SafetyEvent]) -> None:
+        self.recorder.guarded(events)
 
     def stepped(self, env: CalvinEnv, action: np.ndarray, before: np.ndarray, attempt: Attempt) -> None:
         self.recorder.stepped(env, action, before, attempt)

@@ -16,6 +16,7 @@ from eval.keeping import Keep, keeping_watcher
 from eval.protocol import LH_MTLC, MTLC
 from eval.sequences import Chain
 from policies.base import Policy
+from policies.chunking import ChunkingOptions
 
 if TYPE_CHECKING:
     from envs.calvin import CalvinEnv
@@ -30,6 +31,7 @@ class Job:
     rules: Rules
     protocol: str = LH_MTLC
     policy_options: PolicyOptions = field(default_factory=PolicyOptions)
+    chunking: ChunkingOptions = field(default_factory=ChunkingOptions)
     simulators: int = 1  # in one process, sharing its policy
     keep: Keep | None = None  # beside the numbers
 
@@ -80,7 +82,7 @@ class LockStep:
 
     def __init__(self, job: Job, watcher: Watcher | None = None):
         self.job, self.watcher = job, watcher
-        self.policy = load_policy(job.policy, job.env, job.policy_options)
+        self.policy = load_policy(job.policy, job.env, job.policy_options, job.chunking)
         self.batched = job.simulators > 1
         if self.batched and not isinstance(self.policy, BatchedPolicy):
             raise NotBatched(

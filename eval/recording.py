@@ -11,7 +11,9 @@ Entities:
                                  stand at the step of the decision. A chunk that was cut short is executed as far as it went
   chunk/coefficients (frequencies, 7), chunk/entropy   DCT coefficients, and entropy of each token [nats], of that decision
   policy/<stage>_ms, policy/entropy (mean), policy/entropy_max, policy/clamped
-  instruction                    a document, and events: a log of chains, subtasks, what the task oracle saw, and clamped actions
+  safety/<dimension>             by how much the guard changed an action, where it did
+  instruction                    a document, and events: a log of chains, subtasks, what the task oracle saw, clamped actions, and
+                                 every intervention of the safety guard
 Timelines: step (control steps since the recording began) and time (step / 30 s).
 
 What the policy does not answer (see policies.base.Policy.infer) is not there. The original simulator's bodies are not open to recordings:
@@ -43,6 +45,7 @@ from envs.spec import (
 from eval.chain import Attempt, ChainResult, Watcher
 from eval.meshes import PLANE, mesh_of
 from eval.watching import Camera
+from policies.safety import SafetyEvent
 
 if TYPE_CHECKING:
     from envs.calvin import CalvinEnv
@@ -136,6 +139,13 @@ class Recorder(Watcher):
                 self._event(f"{answer['clipped']} of the chunk's {actions.size} values clamped", rr.TextLogLevel.WARN)
         self._expect(answer.get("imagined", {}), self.step + len(actions))
 
+    def guarded(self, events: list[SafetyEvent]) -> None:
+        self._at(self.step)
+        for event in events:
+            self._event(f"{event}", rr.TextLogLevel.WARN)
+            if event.given is not None:
+                self._log(f"safety/{event.dimension}", rr.Scalars(event.given - event.asked))
+
     def stepped(self, env: CalvinEnv, action: np.ndarray, before: np.ndarray, attempt: Attempt) -> None:
         self.step += 1
         self._at(self.step)
@@ -191,7 +201,8 @@ class Recorder(Watcher):
             self.executed = []
 
     def _log_oracle(self, env: CalvinEnv, attempt: Attempt) -> None:
-        for task in sorted(completed_tasks(self.start_info, env.info()) - self.reported):
+        judge = getattr(env, "completed", completed_tasks)
+        for task in sorted(judge(self.start_info, env.info()) - self.reported):
             self.reported.add(task)
             asked = "" if task == attempt.task else ", which was not asked for"
             self._event(f"the oracle reports {task}{asked}", rr.TextLogLevel.INFO)

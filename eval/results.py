@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def assemble(
         **facts(policy),
         "config": config | {"output_dir": ""},
         "timing": timing(chains, wall_s),
+        "safety": interventions(chains),
         "chains": chains,
     }
     check_sums(results)
@@ -99,6 +101,11 @@ def timing(chains: list[dict[str, Any]], wall_s: float) -> dict[str, float | int
         "steps_per_s_and_worker": steps / seconds if seconds else None,
         "decision_ms": 1000 * policy_s / decisions if decisions else None,
     }
+
+
+def interventions(chains: list[dict[str, Any]]) -> dict[str, int]:
+    """How often the safety guard changed an action, by kind."""
+    return dict(Counter(event["kind"] for chain in chains for event in chain.get("safety", [])))
 
 
 def headline(results: dict[str, Any]) -> str:

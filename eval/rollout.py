@@ -28,6 +28,8 @@ from eval.protocol import MAX_STEPS, load_instructions, used_protocol
 from eval.provenance import policy_provenance
 from eval.results import REPORT_FILE, RESULTS_FILE, assemble, error_message, headline, named_by, write_json
 from eval.sequences import OFFICIAL_CHAINS, Chain, is_possible, long_horizon_sequences
+from policies.chunking import ChunkingOptions
+from policies.safety import SafetyOptions
 
 RECORDING_FILE, VIDEO_FILE = "recording.rrd", "rollout.mp4"
 
@@ -38,6 +40,8 @@ class RolloutConfig:
 
     policy: str = policies.SHIPPED  # expert, zero, random, a shipped name, or a checkpoint folder
     env: EnvConfig = field(default_factory=EnvConfig)
+    safety: SafetyOptions = field(default_factory=SafetyOptions)
+    chunking: ChunkingOptions = field(default_factory=ChunkingOptions)
     chain: int = 0  # which of the 1000 official chains
     tasks: tuple[str, ...] = ()  # these instead, from the first official chain's start in which they are possible one after another
     max_steps: int = MAX_STEPS  # control steps a subtask
@@ -77,6 +81,8 @@ def main(config: RolloutConfig) -> None:
         seed=config.seed,
         config=asdict(config),
         live=config.live,
+        safety=config.safety,
+        chunking=config.chunking,
     )
 
 
@@ -108,6 +114,8 @@ def film(
     seed: int,
     config: dict[str, Any],
     live: bool | str = False,
+    safety: SafetyOptions | None = None,
+    chunking: ChunkingOptions | None = None,
 ) -> dict[str, Any] | None:
     """Run `chains` in this process, recording everything; write the four files, print where they are, and return the results.
 
@@ -123,16 +131,16 @@ def film(
     from eval.video import VideoWriter
     from eval.watching import Camera, LiveSubtask, Watchers
 
-    began = time.perf_counter()
+    began, safety, chunking = time.perf_counter(), safety or SafetyOptions(), chunking or ChunkingOptions()
     viewer = viewer_address(live) if live else ""
-    env, actor, instructions = env_config.make(), load_policy(policy, env_config), load_instructions(annotations)
+    env, actor, instructions = env_config.make(), load_policy(policy, env_config, chunking=chunking), load_instructions(annotations)
     camera, shared = Camera(), {"title": f"policy {policy}", "frame_stride": frame_stride}
     recorder = Recorder(folder / RECORDING_FILE, camera=camera, viewer=viewer, **shared)
     video = VideoWriter(folder / VIDEO_FILE, camera=camera, **shared)
     with closing(env), closing(recorder), closing(video), LiveLine() as line:
         watcher = Watchers(LiveSubtask(line, chains=len(chains), max_steps=max_steps), recorder, video)
         outcomes = [
-            run_chain(env, actor, index, chain, instructions, max_steps=max_steps, seed=seed, watcher=watcher).to_json()
+            run_chain(env, actor, index, chain, instructions, max_steps=max_steps, seed=seed, watcher=watcher, safety=safety).to_json()
             for index, chain in chains
         ]
     used = used_protocol(
@@ -143,6 +151,7 @@ def film(
         own_assets=env_config.own_assets,
         version=named_by(outcomes, "calvin_env"),
         own_sentences=not annotations,
+        variants=safety.described() | chunking.described(),
     )
     results = assemble(
         outcomes,

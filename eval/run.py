@@ -44,6 +44,8 @@ from eval.results import REPORT_FILE, RESULTS_FILE, assemble, error_message, hea
 from eval.sequences import CHAIN_LENGTH, OFFICIAL_CHAINS, Chain
 from eval.variants import UNSEEN_WORDINGS, DisturbanceOptions, Variants, chosen_variants
 from eval.workers import run_chains
+from policies.chunking import ChunkingOptions
+from policies.safety import SafetyOptions
 
 CHAINS_FILE = "chains.jsonl"
 
@@ -112,6 +114,8 @@ class EvalConfig:
     policy_options: PolicyOptions = field(default_factory=PolicyOptions)
     env: EnvConfig = field(default_factory=EnvConfig)
     eval: EvalOptions = field(default_factory=EvalOptions)
+    safety: SafetyOptions = field(default_factory=SafetyOptions)
+    chunking: ChunkingOptions = field(default_factory=ChunkingOptions)
     seed: int = 0  # of what the policy and the variants draw at random, and of the bootstrap interval
     output_dir: str = ""
 
@@ -170,10 +174,17 @@ def _run_all(config: EvalConfig, folder: Path) -> list[dict[str, Any]]:
 
 def _job(config: EvalConfig) -> Job:
     options = config.eval
-    rules = Rules(instructions=load_instructions(options.annotations), max_steps=options.steps, seed=config.seed, variants=options.variants)
+    rules = Rules(
+        instructions=load_instructions(options.annotations),
+        max_steps=options.steps,
+        seed=config.seed,
+        variants=options.variants,
+        safety=config.safety,
+    )
     return Job(
         policy=config.policy,
         policy_options=config.policy_options,
+        chunking=config.chunking,
         env=config.env,
         rules=rules,
         protocol=options.protocol,
@@ -204,7 +215,7 @@ def _protocol_of(config: EvalConfig, outcomes: list[dict[str, Any]]) -> dict[str
         "own_assets": config.env.own_assets,
         "version": named_by(outcomes, "calvin_env"),
         "own_sentences": not options.annotations,
-        "variants": options.variants.described(),
+        "variants": options.variants.described() | config.safety.described() | config.chunking.described(),
     }
     if options.protocol == LH_MTLC:
         return used_protocol(chains=len(outcomes), **shared)

@@ -9,6 +9,7 @@ import numpy as np
 
 from eval.chain import Attempt, ChainResult, Watcher
 from eval.progress import LiveLine
+from policies.safety import SafetyEvent
 
 if TYPE_CHECKING:
     from envs.calvin import CalvinEnv
@@ -46,6 +47,10 @@ class Watchers(Watcher):
     def decided(self, answer: dict[str, Any]) -> None:
         for watcher in self.watchers:
             watcher.decided(answer)
+
+    def guarded(self, events: list[SafetyEvent]) -> None:
+        for watcher in self.watchers:
+            watcher.guarded(events)
 
     def stepped(self, env: CalvinEnv, action: np.ndarray, before: np.ndarray, attempt: Attempt) -> None:
         for watcher in self.watchers:

@@ -3,6 +3,7 @@
 policy = policies.load("expert", scene="D")
 policy = policies.load("outputs/train/3f2a91c0/policy")
 policy = policies.load("my_package.my_module:MyPolicy", speed=2)
+policy = policies.load("ws://127.0.0.1:8000")                  # one that `emu3-vla serve` serves
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from policies.base import Policy
 
-__all__ = ["CHECKPOINTS", "CHECKPOINT_PARTS", "SHIPPED", "Policy", "checkpoint_folder", "known_names", "load"]
+__all__ = ["CHECKPOINTS", "CHECKPOINT_PARTS", "SHIPPED", "Policy", "checkpoint_folder", "is_address", "known_names", "load"]
 
 BUILTIN = {
     # The expert is found by its dotted name, as a plug-in: this package imports no simulator.
@@ -27,6 +28,8 @@ BUILTIN = {
 }
 PLUG_IN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 CHECKPOINT_POLICY = "policies.emu3:Emu3Policy"
+ADDRESS = re.compile(r"wss?://.+")
+REMOTE_POLICY = "policies.client:RemotePolicy"
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 SHIPPED = "calvin-d"
 """The policy that an evaluation runs when none is named."""
@@ -35,7 +38,8 @@ CHECKPOINT_PARTS = ("policy.yaml", "model", "vision_tokenizer", "text_tokenizer"
 
 
 def load(folder_or_name: str | Path, **options: Any) -> Policy:
-    """A policy by name ("expert", "zero", "random", "replay", a shipped checkpoint), from a checkpoint folder, or "module:Class".
+    """A policy by name ("expert", "zero", "random", "replay", a shipped checkpoint), from a checkpoint folder, "module:Class", or served at
+    "ws://host:port" (wss:// with TLS).
 
     options go to the policy's constructor. A name wins over a folder of the same name; write ./name for that folder.
     Raises ValueError for an unknown name (with the nearest known one) or option, for a folder that lacks a part of a checkpoint
@@ -43,7 +47,9 @@ def load(folder_or_name: str | Path, **options: Any) -> Policy:
     """
     name = str(folder_or_name)
     folder = checkpoint_folder(name)
-    if folder is None:
+    if is_address(name):
+        constructor, arguments = _resolve(REMOTE_POLICY), (name,)
+    elif folder is None:
         constructor, arguments = _resolve(BUILTIN.get(name, name)), ()
     else:
         _check_parts(folder)
@@ -59,7 +65,7 @@ def load(folder_or_name: str | Path, **options: Any) -> Policy:
 def checkpoint_folder(folder_or_name: str | Path) -> Path | None:
     """The folder that `load` would read, or None for a policy that needs none. Raises ValueError for an unknown name."""
     name = str(folder_or_name)
-    if name in BUILTIN or PLUG_IN.fullmatch(name):
+    if name in BUILTIN or PLUG_IN.fullmatch(name) or is_address(name):
         return None
     if (CHECKPOINTS / name / CHECKPOINT_PARTS[0]).is_file() and Path(name).name == name:
         return CHECKPOINTS / name
@@ -69,6 +75,11 @@ def checkpoint_folder(folder_or_name: str | Path) -> Path | None:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else f"; known names: {', '.join(known)}"
     raise ValueError(f"policy {name!r} is no known name and no folder{hint}")
+
+
+def is_address(name: str) -> bool:
+    """Whether `name` is where a policy is served: ws://host:port or wss://host:port."""
+    return ADDRESS.fullmatch(name) is not None
 
 
 def known_names() -> list[str]:

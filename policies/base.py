@@ -13,6 +13,7 @@ class Policy(Protocol):
 
     A policy may also have `begin_chain()`, which is called before the first subtask after the arm was put elsewhere: a policy that carries
     a belief about the arm from one subtask to the next drops it there. Chains must not depend on those that ran before them.
+    `end_chain()`, where there is one, is called when a chain is over.
 
     requires: the observation keys that `infer` reads (see envs.spec.OBSERVATION); images are rendered only for a policy that
     asks for them. name: what results and recordings call it.
@@ -33,6 +34,8 @@ class Policy(Protocol):
     def infer(self, observation: dict[str, np.ndarray]) -> dict[str, Any]:
         """Decide.
 
+        observation: the keys of `requires`, and where the arm moves meanwhile envs.spec.COMMITTED_ACTIONS (n, 7), with which the chunk is
+        to begin; a policy may leave that alone, and says "committed": n and "join_gap" (see policies.emu3) where it did not.
         Returns {"actions": float32 (T, 7), ...}: T >= 1 actions to execute in order, at 30 Hz, before the next call. Further
         keys are for recordings: "timing_s" {stage: seconds}; "token_ids"; "entropy", nats per id; "coefficients" (F, 7), DCT
         coefficients of the chunk, lowest frequency first; "clipped", how many values were clamped; "imagined" {camera's observation

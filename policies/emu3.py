@@ -20,19 +20,21 @@ import numpy as np
 import torch
 
 from action_tokenizer.dct import quantize
+from action_tokenizer.prefix import CommittedPrefix
 from emu3_vla.checkpoint import load
+from emu3_vla.checkpoint.folder import VISION
+from emu3_vla.data.tokens import content_hash
 from emu3_vla.documents import ActionChunk, Image, Segment, Text, collate, length_of
 from emu3_vla.generation.actions import ActionWriter
 from emu3_vla.generation.cache import CachedSequence, CachedTrunk
-from envs.spec import GRIPPER_CLOSE, GRIPPER_OPEN
+from envs.spec import COMMITTED_ACTIONS, GRIPPER_CLOSE, GRIPPER_OPEN
+from policies.chunking import JOIN_CORRELATION, check_committed, join_gap, rejoin
+from policies.codes import checked_codes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # Longest instruction that is expected, in text ids; only the cache's size depends on it.
 MAX_TEXT_IDS = 256
-# Sessions that share a policy are decided for in rows of a matrix product, at least so many. From four rows on the CPU's products give
-# each row the same sum however many others there are, so an answer does not depend on who else is asking.
-SHARED_ROWS = 4
 
 
 class Emu3Policy:
@@ -40,6 +42,7 @@ class Emu3Policy:
 
     history: past chunks shown. temperature: 0 takes the likeliest action id, above 0 draws, seeded by `reset`. Both default to what
     policy.yaml says.
+    vision_tokenizer: what code ids must fit that come in the place of images; see policies.codes.
     threads: of this process's tensor operations, which is process-wide; several simulators on one machine want 1 each.
     dtype: "float32" or "bfloat16", of the model's arithmetic.
     Raises what emu3_vla.load raises, and ValueError for an option that cannot be.
@@ -68,17 +71,22 @@ class Emu3Policy:
             raise ValueError(f"history is {history}, expected 0 to {settings.trained_history}: {folder} was trained with no more")
         self.name = Path(folder).resolve().name
         self.requires = frozenset(grid.name for grid in vocabulary.images)
+        self.vision_tokenizer = {
+            "fingerprint": content_hash(self.checkpoint.folder / VISION),
+            "codebook_size": vocabulary.codebook_size,
+            "grids": {grid.name: [grid.rows, grid.columns] for grid in vocabulary.images},
+        }
         self.seed = seed
         self._shape = {"horizon": settings.horizon, "action_dim": settings.action_dim}
         grammar = self.checkpoint.action_tokenizer.grammar(**self._shape)
         temperature = settings.temperature if temperature is None else temperature
         self._writer = ActionWriter(self.checkpoint.model, vocabulary, grammar, temperature)
         self._trunk = CachedTrunk(self.checkpoint.model)
-        self._alone = Session(self, rows=1)
+        self._alone = Session(self)
 
     def sessions(self, number: int) -> list[Session]:
         """Policies that share this one's weights, for `infer_many`; see eval.lockstep.BatchedPolicy."""
-        return [Session(self, rows=SHARED_ROWS) for _ in range(number)]
+        return [Session(self) for _ in range(number)]
 
     def reset(self, instruction: str, *, task: str | None = None, seed: int | None = None) -> None:
         """Start a subtask: forget the past chunks. Raises ValueError for an empty or overlong instruction. `task` is not looked at."""
@@ -90,14 +98,16 @@ class Emu3Policy:
         Returns "actions" float32 (horizon, 7); "token_ids" list; "entropy" list, nats per id; "probability" of the ids written;
         "coefficients" int64 (horizon, 7), the scaled DCT coefficients, lowest frequency first, that the ids stand for;
         "clipped", how many of the decoded values left [-1, 1]; "timing_s" by stage.
+        An observation with envs.spec.COMMITTED_ACTIONS (n, 7): the ids are chosen as both the model and these first actions have it, the
+        actions begin with them exactly, "committed" is n, and "join_gap" how far the ids alone were from the last of them.
         Raises ValueError before the first `reset` and for missing or wrong images, DecodingFailed if the model's output is not finite.
         """
         return self._alone.infer(observation)
 
     @torch.inference_mode()
     def infer_many(self, sessions: Sequence[Session], observations: Sequence[dict[str, np.ndarray]]) -> list[dict[str, Any]]:
-        """What each session's `infer` would answer. Pictures and prompts are read session by session; the action ids of all are written
-        together, since writing one id costs reading the model's weights. "timing_s" is a session's share.
+        """What each session's `infer` would answer. Pictures are read session by session; prompts are read together and action ids written
+        together, since either costs reading the model's weights. "timing_s" is a session's share.
 
         Raises what `infer` raises; then no session has changed.
         """
@@ -106,11 +116,14 @@ class Emu3Policy:
         try:
             with _timed(timing, "encode"):
                 images = [session.look(observation) for session, observation in zip(sessions, observations, strict=True)]
+                committed = [self._committed(observation) for observation in observations]
             with _timed(timing, "prefill"):
-                states = torch.stack([session.prefill(seen) for session, seen in zip(sessions, images, strict=True)])
+                parts = [(session.sequence, session.unread(seen)) for session, seen in zip(sessions, images, strict=True)]
+                states = torch.stack([states_nH[-1] for states_nH in self._trunk.extend_each(parts)])
             with _timed(timing, "decode"):
                 sequences, generators = [session.sequence for session in sessions], [session.generator for session in sessions]
-                written = self._writer.write_each(sequences, states, generators, rows=max(session.rows for session in sessions))
+                prefixes = [self._prefix(actions) for actions in committed]
+                written = self._writer.write_each(sequences, states, generators, prefixes)
             with _timed(timing, "detokenize"):
                 decoded = [self._actions(chunk.ids) for chunk in written]
         except Exception:
@@ -118,11 +131,14 @@ class Emu3Policy:
                 session.restore(state)
             raise
         answers = []
-        for session, seen, chunk, (actions, clipped, coefficients) in zip(sessions, images, written, decoded, strict=True):
+        for session, seen, chunk, ahead, made in zip(sessions, images, written, committed, decoded, strict=True):
+            actions, clipped, coefficients = made
             session.remember([*seen, ActionChunk(chunk.ids)])
             answers.append(
                 {
-                    "actions": actions,
+                    "actions": actions if ahead is None else rejoin(actions, ahead).astype(np.float32),
+                    "committed": 0 if ahead is None else len(ahead),
+                    "join_gap": 0.0 if ahead is None else join_gap(actions, ahead),
                     "token_ids": chunk.ids,
                     "entropy": chunk.entropy,
                     "probability": chunk.probability,
@@ -141,6 +157,20 @@ class Emu3Policy:
         chunk = images + 2 + 2 * self._shape["horizon"] * self._shape["action_dim"]
         return self._trunk.sequence(1 + MAX_TEXT_IDS + (self.history + 1) * chunk)
 
+    def _committed(self, observation: dict[str, np.ndarray]) -> np.ndarray | None:
+        """The actions (n, 7) that are executed during this decision, if any. Raises InvalidAction."""
+        given = observation.get(COMMITTED_ACTIONS)
+        return None if given is None else check_committed(given, self._shape["horizon"])
+
+    def _prefix(self, committed: np.ndarray | None) -> CommittedPrefix | None:
+        """What the writing of ids has to heed."""
+        if committed is None:
+            return None
+        normalised_nA = self.checkpoint.normalizer.normalize(committed)
+        return self.checkpoint.action_tokenizer.committed(
+            normalised_nA, horizon=self._shape["horizon"], correlation=JOIN_CORRELATION
+        )
+
     def _actions(self, ids: list[int]) -> tuple[np.ndarray, int, np.ndarray]:
         """Actions of the ids, float32 (horizon, 7) within [-1, 1]; how many values had to be clipped to that; DCT coefficients."""
         tokenizer = self.checkpoint.action_tokenizer
@@ -154,10 +184,10 @@ class Emu3Policy:
 
 
 class Session:
-    """One arm's instruction, past and random stream; a Policy. `Emu3Policy.sessions` makes it. rows: see SHARED_ROWS."""
+    """One arm's instruction, past and random stream; a Policy. `Emu3Policy.sessions` makes it."""
 
-    def __init__(self, policy: Emu3Policy, rows: int):
-        self.policy, self.rows = policy, rows
+    def __init__(self, policy: Emu3Policy):
+        self.policy = policy
         self.name, self.requires = policy.name, policy.requires
         self.sequence = policy.new_sequence()
         self.generator = torch.Generator(policy.checkpoint.model.device)
@@ -193,25 +223,29 @@ class Session:
         self.generator.set_state(state[1])
 
     def look(self, observation: dict[str, np.ndarray]) -> list[Image]:
-        """Codes of the cameras' images, in stream order."""
+        """Codes of the cameras' images, in stream order; where an observation has the codes, those."""
         if self._text is None:
             raise ValueError("infer was called before reset; tell the policy the instruction first")
         checkpoint, images = self.policy.checkpoint, []
+        given = checked_codes(observation, self.policy.vision_tokenizer)
         for grid in checkpoint.vocabulary.images:
+            if grid.name in given:
+                images.append(Image(grid.name, given[grid.name].astype(np.int64)))
+                continue
             if grid.name not in observation:
                 raise ValueError(f"the observation has no {grid.name!r}, only {', '.join(sorted(observation))}; this policy requires it")
             codes = checkpoint.vision_tokenizer.encode_camera(grid.name, np.asarray(observation[grid.name])[None])
             images.append(Image(grid.name, codes[0].cpu().numpy()))
         return images
 
-    def prefill(self, images: list[Image]) -> torch.Tensor:
-        """State after "begin of action" of the document so far; computes only what the cache does not hold yet."""
+    def unread(self, images: list[Image]) -> torch.Tensor:
+        """Embeddings of the document up to "begin of action", as far as the cache does not hold it yet: (n, H)."""
         model, vocabulary = self.policy.checkpoint.model, self.policy.checkpoint.vocabulary
         document = [self._text, *(segment for chunk in self._past for segment in chunk), *images]
         batch = collate([document], vocabulary).to(model.device)
         embedded = model.embed(batch)[0, : length_of(document, vocabulary)]
         begin = model.model.embed_tokens.weight[vocabulary.begin_action][None]
-        return self.sequence.extend(torch.cat([embedded, begin])[self.sequence.length :])[-1]
+        return torch.cat([embedded, begin])[self.sequence.length :]
 
     def remember(self, chunk: list[Segment]) -> None:
         """Add a chunk to the past. Where the oldest must go, all after the instruction moves, so the cache keeps that alone."""

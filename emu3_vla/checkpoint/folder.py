@@ -196,10 +196,12 @@ def plain_weights(model: Emu3ForCausalLM | Emu3TextModel) -> dict[str, torch.Ten
     return weights
 
 
-def load_weights(folder: Path, config: BlockEmu3Config) -> dict[str, torch.Tensor]:
-    """Weights of a model/ folder, checked against `config`. Raises FileNotFoundError, CheckpointError."""
+def load_weights(
+    folder: Path, config: BlockEmu3Config | Emu3TextConfig, kind: type[Emu3ForCausalLM] = BlockEmu3ForCausalLM
+) -> dict[str, torch.Tensor]:
+    """Weights of a model/ folder, checked against what a model of this kind and `config` has. Raises FileNotFoundError, CheckpointError."""
     with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in BlockEmu3ForCausalLM(config).state_dict().items()}
+        expected = {name: tuple(tensor.shape) for name, tensor in kind(config).state_dict().items()}
     return read_weights(folder, expected)
 
 

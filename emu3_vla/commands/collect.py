@@ -152,8 +152,8 @@ def _play_chain(env, expert, driver, rng: np.random.Generator, config: CollectCo
     from envs.calvin.expert.demonstrate import demonstrate
     from envs.calvin.language import training_wordings
 
-    condition, chain = _draw_balanced_chain(rng, config.chain_length, counts) if config.balanced else _draw_chain(rng)
-    robot_obs, scene_obs = _initial_state(condition, env.scene, rng, config)
+    condition, chain = _draw_balanced_chain(rng, config.chain_length, counts) if config.balanced else draw_chain(rng)
+    robot_obs, scene_obs = varied_initial_state(condition, env.scene, rng, config)
     env.reset(options={"robot_obs": robot_obs, "scene_obs": scene_obs})
     expert.begin_chain()
     kept = []
@@ -167,7 +167,7 @@ def _play_chain(env, expert, driver, rng: np.random.Generator, config: CollectCo
     return kept, True
 
 
-def _draw_chain(rng: np.random.Generator) -> tuple[dict, tuple[str, ...]]:
+def draw_chain(rng: np.random.Generator) -> tuple[dict, tuple[str, ...]]:
     """A random initial condition and five tasks that are possible one after another from it."""
     from envs.calvin.tasks import TASKS
     from eval.sequences import initial_conditions, is_valid_chain
@@ -202,7 +202,7 @@ def _draw_balanced_chain(rng: np.random.Generator, length: int, counts: Counter)
     return condition, tuple(tasks)
 
 
-def _initial_state(condition: dict, scene, rng: np.random.Generator, config: CollectConfig) -> tuple[np.ndarray, np.ndarray]:
+def varied_initial_state(condition: dict, scene, rng: np.random.Generator, config: CollectConfig) -> tuple[np.ndarray, np.ndarray]:
     """The benchmark's state for `condition`, with blocks and arm varied."""
     from eval.sequences import initial_state
 

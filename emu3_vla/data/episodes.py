@@ -6,8 +6,9 @@
         episodes = store.read_shard(index)
 
 Layout: `store.json` (schema, metadata) and one Zarr v3 group per shard, `shards/00042.zarr`. In a shard the episodes' arrays are
-concatenated along their first axis; the group's attributes say how long each episode is. Every array is one file, compressed with
-Zstandard and checksummed (CRC-32C) per few frames, so a damaged byte is found when it is read.
+concatenated along their first axis; the group's attributes say how long each episode is. An array is one file, or one per FRAMES_PER_FILE
+frames, compressed with Zstandard and checksummed (CRC-32C) per few frames, so a damaged byte is found when it is read. Recordings of real
+arms lack `scene_obs`, and may have further arrays with a row a step: `extra/<name>`, named by the attribute "extra".
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
+from emu3_vla.data.remote import UrlPath
 from envs.spec import CAMERAS, Episode
 
 FORMAT = "emu3-vla-episodes"
@@ -33,10 +35,14 @@ SHARD_FORMAT = "emu3-vla-episode-shard"
 
 STEP_ARRAYS = {"actions": "float32", "robot_obs": "float64", "scene_obs": "float64", "imitate": "bool"}
 FRAME_ARRAYS = {"frame_step": "int64", "rgb_static": "uint8", "rgb_gripper": "uint8"}
+SCENE = "scene_obs"
+EXTRA = "extra/"
 
 # Neighbouring frames of an episode share most of their bytes, and Zstandard sees that only inside one chunk.
 FRAMES_PER_CHUNK = 8
 STEPS_PER_CHUNK = 4096
+# What a writer must hold of a camera at once.
+FRAMES_PER_FILE = 1024
 
 
 class EpisodeStoreError(ValueError):
@@ -101,10 +107,13 @@ class EpisodeStore:
         """The numbers of the shards that are there, ascending."""
         return shard_indices(self.path / "shards")
 
-    def write_shard(self, index: int, episodes: Sequence[Episode]) -> Path:
+    def write_shard(self, index: int, episodes: Sequence[Episode], frames: Mapping[str, Iterable[np.ndarray]] | None = None) -> Path:
         """Write `episodes` as shard `index`; returns its folder. The same episodes give the same bytes.
 
-        Raises EpisodeStoreError if that shard is there already, ValueError for no episodes or an `info` that is not JSON.
+        frames: of each camera, all frames of these episodes in blocks uint8 (n, H, W, 3), where they are too many to be held at once;
+        then the episodes' own arrays of them only count.
+        Raises EpisodeStoreError if that shard is there already, ValueError for no episodes, an `info` that is not JSON, or episodes
+        that do not have the same arrays.
         """
         target = self.shard_path(index)
         if target.exists():
@@ -113,10 +122,17 @@ class EpisodeStore:
             raise ValueError(f"shard {index} of {self.path} would hold no episode; write at least one")
         records = [_record(episode) for episode in episodes]
         json_text(records, f"task, instruction and info of the episodes for {target}")
-        columns = {}
-        for name, dtype in (STEP_ARRAYS | FRAME_ARRAYS).items():
-            columns[name] = np.concatenate([_exact(episode, name, dtype) for episode in episodes])
-        write_shard_atomic(target, columns, {"format": SHARD_FORMAT, "schema": SCHEMA, "episodes": records})
+        attributes = {"format": SHARD_FORMAT, "schema": SCHEMA, "episodes": records}
+        columns: dict[str, np.ndarray | Blocks] = {}
+        for name, dtype in _shared_arrays(episodes).items():
+            if frames and name in CAMERAS:
+                shape = getattr(episodes[0], name).shape[1:]
+                columns[name] = Blocks(shape=(sum(record["frames"] for record in records), *shape), dtype=dtype, blocks=frames[name])
+            else:
+                columns[name] = np.concatenate([_exact(episode, name, dtype) for episode in episodes])
+        if episodes[0].extra:
+            attributes["extra"] = list(episodes[0].extra)
+        write_shard_atomic(target, columns, attributes)
         return target
 
     def records(self, index: int) -> list[dict[str, Any]]:
@@ -125,20 +141,39 @@ class EpisodeStore:
 
     def read_shard(self, index: int) -> list[Episode]:
         """All episodes of shard `index`, in the order they were written. Raises EpisodeStoreError."""
-        columns = self.read_columns(index, (*STEP_ARRAYS, *FRAME_ARRAYS))
+        steps, extra = self.step_arrays(index)
+        columns = self.read_columns(index, (*steps, *FRAME_ARRAYS, *(EXTRA + name for name in extra)))
         return [
-            Episode(task=record["task"], instruction=record["instruction"], info=dict(record["info"]), **arrays)
+            Episode(
+                task=record["task"],
+                instruction=record["instruction"],
+                info=dict(record["info"]),
+                extra={name: arrays.pop(EXTRA + name) for name in extra},
+                **arrays,
+            )
             for record, arrays in zip(self.records(index), columns, strict=True)
         ]
+
+    def step_arrays(self, index: int) -> tuple[list[str], list[str]]:
+        """What shard `index` has with a row a step: fields of Episode, and names of its `extra`."""
+        group = self._group(index)
+        return [name for name in STEP_ARRAYS if name != SCENE or SCENE in group], list(group.attrs.get("extra", []))
+
+    def extra_types(self, index: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Of each `extra` of shard `index`: dtype and shape of one step's value, without reading it."""
+        group, names = self._group(index), self.step_arrays(index)[1]
+        return {name: (str(group[EXTRA + name].dtype), tuple(group[EXTRA + name].shape[1:])) for name in names}
 
     def read_columns(self, index: int, names: Sequence[str]) -> list[dict[str, np.ndarray]]:
         """Only the arrays `names` (fields of envs.spec.Episode) of every episode of shard `index`. Raises EpisodeStoreError."""
         group, path = self._group(index), self.shard_path(index)
+        if SCENE in names and SCENE not in group:
+            raise EpisodeStoreError(f"{path} has no {SCENE}: its recordings know nothing of the scene's state")
         columns = {name: read_array(group, name, path) for name in names}
         episodes, step, frame = [], 0, 0
         for record in group.attrs["episodes"]:
             steps, frames = slice(step, step + record["steps"]), slice(frame, frame + record["frames"])
-            episodes.append({name: columns[name][steps if name in STEP_ARRAYS else frames] for name in names})
+            episodes.append({name: columns[name][frames if name in FRAME_ARRAYS else steps] for name in names})
             step, frame = steps.stop, frames.stop
         return episodes
 
@@ -185,8 +220,26 @@ def _record(episode: Episode) -> dict[str, Any]:
     }
 
 
+def _shared_arrays(episodes: Sequence[Episode]) -> dict[str, str]:
+    """Names and dtypes of the arrays that a shard of these episodes has. Raises ValueError where one lacks what another has."""
+    first = episodes[0]
+    extra = {name: str(values.dtype) for name, values in first.extra.items()}
+    for episode in episodes:
+        if (episode.scene_obs is None) != (first.scene_obs is None) or list(episode.extra) != list(extra):
+            raise ValueError(
+                f"episode of {episode.task!r} has not the same arrays as that of {first.task!r} (scene_obs, or extra: "
+                f"{list(episode.extra)} and {list(extra)}); write them into different stores"
+            )
+    if wrong := next((name for name in extra if "/" in name or not name), None):
+        raise ValueError(f"extra {wrong!r}: a name must not be empty or contain '/'")
+    arrays = STEP_ARRAYS | FRAME_ARRAYS
+    if first.scene_obs is None:
+        arrays = {name: dtype for name, dtype in arrays.items() if name != SCENE}
+    return arrays | {EXTRA + name: dtype for name, dtype in extra.items()}
+
+
 def _exact(episode: Episode, name: str, dtype: str) -> np.ndarray:
-    array = getattr(episode, name)
+    array = episode.extra[name.removeprefix(EXTRA)] if name.startswith(EXTRA) else getattr(episode, name)
     if array.dtype != dtype:
         raise ValueError(f"episode of {episode.task!r}: {name} is {array.dtype}, expected {dtype}; convert it before writing")
     return array
@@ -227,9 +280,10 @@ def read_manifest(path: Path, format: str, schema: int, what: str, error: type[V
     return record
 
 
-def shard_indices(folder: Path) -> list[int]:
+def shard_indices(folder: Path | UrlPath) -> list[int]:
     """Numbers of the shards `NNNNN.zarr` in `folder`, ascending; hidden (unfinished) ones are not counted."""
-    return sorted(int(path.stem) for path in folder.glob("[0-9]*.zarr") if path.stem.isdigit())
+    names = folder.names() if isinstance(folder, UrlPath) else [path.name for path in folder.glob("[0-9]*.zarr")]
+    return sorted(int(name.removesuffix(".zarr")) for name in names if name.removesuffix(".zarr").isdigit())
 
 
 def split_shards(indices: Sequence[int], validation_fraction: float) -> tuple[list[int], list[int]]:
@@ -247,7 +301,38 @@ def split_shards(indices: Sequence[int], validation_fraction: float) -> tuple[li
     return [index for index in indices if index not in held_out], sorted(held_out)
 
 
-def write_shard_atomic(target: Path, columns: dict[str, np.ndarray], attributes: dict[str, Any]) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """An array too large to be held: its shape, and its rows in blocks of any length."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    blocks: Iterable[np.ndarray]
+
+    def regular(self, rows: int) -> Iterator[np.ndarray]:
+        """The same rows in blocks of `rows`, the last one shorter. Raises ValueError where they are not as many as `shape` says."""
+        waiting = np.zeros((min(rows, self.shape[0]), *self.shape[1:]), self.dtype)
+        filled = total = 0
+        for block in self.blocks:
+            if block.dtype != waiting.dtype or block.shape[1:] != self.shape[1:]:
+                raise ValueError(
+                    f"a block is {block.dtype} {block.shape}, expected {self.dtype} (n, {', '.join(map(str, self.shape[1:]))})"
+                )
+            total += len(block)
+            while len(block) and total <= self.shape[0]:
+                taken = block[: len(waiting) - filled]
+                waiting[filled : filled + len(taken)] = taken
+                filled, block = filled + len(taken), block[len(taken) :]
+                if filled == len(waiting):
+                    yield waiting
+                    filled = 0
+        if total != self.shape[0]:
+            raise ValueError(f"the blocks hold {total} rows, expected {self.shape[0]}")
+        if filled:
+            yield waiting[:filled]
+
+
+def write_shard_atomic(target: Path, columns: Mapping[str, np.ndarray | Blocks], attributes: dict[str, Any]) -> None:
     """Write arrays and attributes as one Zarr group at `target`: under a hidden name, then renamed."""
     temporary = target.with_name(f".{target.name}.tmp")
     if temporary.exists():  # a writer of this very shard was killed; nobody else writes to this name
@@ -258,24 +343,28 @@ def write_shard_atomic(target: Path, columns: dict[str, np.ndarray], attributes:
     temporary.rename(target)
 
 
-def _write_array(group: zarr.Group, name: str, values: np.ndarray) -> None:
-    per_chunk = FRAMES_PER_CHUNK if values.ndim > 2 else STEPS_PER_CHUNK
-    chunk = max(1, min(per_chunk, len(values)))
+def _write_array(group: zarr.Group, name: str, values: np.ndarray | Blocks) -> None:
+    rows, pictures = values.shape[0], len(values.shape) > 2
+    chunk = max(1, min(FRAMES_PER_CHUNK if pictures else STEPS_PER_CHUNK, rows))
+    chunks = max(1, math.ceil(rows / chunk))
+    per_file = min(chunks, FRAMES_PER_FILE // FRAMES_PER_CHUNK) if pictures else chunks
     array = group.create_array(
         name,
         shape=values.shape,
         dtype=values.dtype,
         chunks=(chunk, *values.shape[1:]),
-        shards=(max(1, math.ceil(len(values) / chunk)) * chunk, *values.shape[1:]),
+        shards=(per_file * chunk, *values.shape[1:]),
         compressors=[ZstdCodec(level=1), Crc32cCodec()],
         # Otherwise a chunk of zeros is left out, and a lost file could not be told from one.
         config={"write_empty_chunks": True},
     )
-    if len(values):
-        array[...] = values
+    start = 0
+    for block in values.regular(array.shards[0]) if isinstance(values, Blocks) else [values] if rows else []:
+        array[start : start + len(block)] = block
+        start += len(block)
 
 
-def open_shard(path: Path, format: str, schema: int, error: type[ValueError]) -> zarr.Group:
+def open_shard(path: Path | UrlPath, format: str, schema: int, error: type[ValueError]) -> zarr.Group:
     """The Zarr group at `path`, checked to be a shard of `format`. Raises `error`."""
     try:
         group = zarr.open_group(str(path), mode="r")
@@ -283,19 +372,19 @@ def open_shard(path: Path, format: str, schema: int, error: type[ValueError]) ->
         raise error(f"{path} cannot be opened as a Zarr group ({problem}); delete that shard and make it again") from problem
     if group.attrs.get("format") != format or group.attrs.get("schema") != schema:
         raise error(
-            f"{path} is of format {group.attrs.get('format')!r} and schema {group.attrs.get('schema')!r}, "
-            f"expected {format!r} and {schema}"
+            f"{path} is of format {group.attrs.get('format')!r} and schema {group.attrs.get('schema')!r}, expected {format!r} and {schema}"
         )
     return group
 
 
-def read_array(group: zarr.Group, name: str, path: Path, rows: slice = slice(None)) -> np.ndarray:
+def read_array(group: zarr.Group, name: str, path: Path | UrlPath, rows: slice = slice(None)) -> np.ndarray:
     """Rows of one array of a shard. Raises EpisodeStoreError where a file is missing or its checksum is wrong."""
     try:
         array = group[name]
-        # Zarr reads a missing file as zeros. Ours are one file an array, so its absence is damage.
-        if array.shape[0] and not (path / name / "c" / "/".join("0" * array.ndim)).is_file():
-            raise FileNotFoundError(f"no data file of {name}")
+        # Zarr reads a missing file as zeros. We write every one, so its absence is damage.
+        for number in range(math.ceil(array.shape[0] / array.shards[0])):
+            if not (path / f"{name}/c/{'/'.join([str(number), *'0' * (array.ndim - 1)])}").is_file():
+                raise FileNotFoundError(f"no data file {number} of {name}")
         return np.asarray(array[rows])
     except (OSError, ValueError, KeyError, RuntimeError) as problem:
         raise EpisodeStoreError(f"{path}: array {name!r} is damaged ({problem}); delete that shard and make it again") from problem

@@ -87,7 +87,7 @@ class TokenizeConfig:
 
 
 class Questioner(Protocol):
-    """Made with the name of a scene; asks about a moment in it and answers."""
+    """Made with the name of a scene; asks about a moment in it and answers. The first answer says what there is to see: a caption."""
 
     def about(self, robot_obs: np.ndarray, scene_obs: np.ndarray) -> list[tuple[str, str]]: ...
 
@@ -126,10 +126,14 @@ class Sources:
         return [columns for store, index in self.shards.values() for columns in store.read_columns(index, names)]
 
     def wordings(self) -> dict[str, list[str]]:
-        """Sentences of each task: every store's, each once."""
+        """Sentences of each task: every store's, each once. Of a task that a store gives none for, what its episodes were told.
+
+        Raises ValueError where such an episode was told nothing.
+        """
         joined: dict[str, list[str]] = {}
         for store in self.stores:
-            for task, sentences in store.metadata.get("wordings", {}).items():
+            given = store.metadata.get("wordings", {})
+            for task, sentences in (given | _instructions(store, without=given)).items():
                 joined[task] = list(dict.fromkeys([*joined.get(task, []), *sentences]))
         return joined
 
@@ -139,6 +143,22 @@ class Sources:
         tasks = sum((Counter(totals["tasks"]) for totals in each), Counter())
         counted = {name: sum(totals[name] for totals in each) for name in ("shards", "episodes", "steps", "frames")}
         return counted | {"tasks": dict(sorted(tasks.items()))}
+
+
+def _instructions(store: EpisodeStore, without: dict[str, Any]) -> dict[str, list[str]]:
+    """Instructions of the episodes of each task that is not in `without`."""
+    told: dict[str, list[str]] = {}
+    for index in store.shard_indices():
+        for number, record in enumerate(store.records(index)):
+            if record["task"] in without:
+                continue
+            if not record["instruction"].strip():
+                raise ValueError(
+                    f"{store.shard_path(index)}: episode {number} has no instruction, and the store has no wordings of its task "
+                    f"{record['task']!r}; a policy is told what to do: give the instruction when converting"
+                )
+            told.setdefault(record["task"], []).append(record["instruction"])
+    return told
 
 
 def main(config: TokenizeConfig) -> None:
@@ -325,7 +345,7 @@ def _sentences(config: TokenizeConfig, sources: Sources) -> Sequence[str]:
     """Every sentence of the stores' wordings, and of questions and answers. Raises ValueError where there is none."""
     sentences = [sentence for wordings in sources.wordings().values() for sentence in wordings]
     if not sentences:
-        raise ValueError(f"{sources} has no wordings in its metadata, so no text tokenizer can be fitted; give text_tokenizer=")
+        raise ValueError(f"{sources} holds no episode and no wordings, so no text tokenizer can be fitted; give text_tokenizer=")
     return [*sentences, *(questioner(config.questions).sentences() if config.questions else ())]
 
 

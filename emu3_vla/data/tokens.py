@@ -6,7 +6,8 @@
     tokenizers = store.tokenizers()             # .vision, .action, .text, .normalizer
 
 Layout: tokens.json (manifest), vision_tokenizer/, action_tokenizer/, text_tokenizer/, normalizer.json, shards/00042.zarr. The manifest
-holds a hash of each tokenizer; a store whose tokenizers are not the ones that wrote its ids is refused.
+holds a hash of each tokenizer; a store whose tokenizers are not the ones that wrote its ids is refused. A finished store may lie behind any
+URL that fsspec reads: TokenStore.open("s3://bucket/tokens").
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from emu3_vla.data.episodes import (
     write_shard_atomic,
     write_text_atomic,
 )
+from emu3_vla.data.remote import UrlPath, is_url, mirror
+from emu3_vla.emu3_text import TIKTOKEN_FILES, Emu3TextTokenizer
 from emu3_vla.text import TextTokenizer
 
 if TYPE_CHECKING:
@@ -52,7 +55,8 @@ class TokenStoreError(ValueError):
 class Asked:
     """Questions about frames and their answers, as text ids: F frames, Q questions a frame, each with its answer.
 
-    ids: uint16 (n,), question, answer, question, ... frame after frame. lengths_FQ2: uint16 (F, Q, 2), how many of them each takes.
+    ids: uint16 or, of a large vocabulary, uint32 (n,), question, answer, question, ... frame after frame. lengths_FQ2: uint16 (F, Q, 2),
+    how many of them each takes.
     """
 
     def __init__(self, ids: np.ndarray, lengths_FQ2: np.ndarray):
@@ -68,7 +72,8 @@ class Asked:
             raise ValueError(f"frames have {sorted({len(pairs) for pairs in frames})} questions, expected as many each")
         texts = [text for pairs in frames for pair in pairs for text in pair]
         lengths = np.array([len(text) for text in texts], np.uint16).reshape(len(frames), -1, 2)
-        return cls(np.array([index for text in texts for index in text], np.uint16), lengths)
+        ids = np.array([index for text in texts for index in text], np.uint32)
+        return cls(ids.astype(np.uint16) if ids.max(initial=0) < 2**16 else ids, lengths)
 
     def pair(self, frame: int, question: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids of a question about a frame and of its answer."""
@@ -115,7 +120,7 @@ class Tokenizers:
 
     vision: VisionTokenizer
     action: FastTokenizer
-    text: TextTokenizer
+    text: TextTokenizer | Emu3TextTokenizer
     normalizer: ActionNormalizer
 
 
@@ -123,13 +128,15 @@ class TokenStore:
     """A folder of token shards. `metadata`:
 
     horizon, action_dim: shape of a chunk. grids: {camera: [rows, columns]}. codebook_size, action_vocab_size,
-    text_vocab_size. wordings: {task: sentences}. questions: who asked about the frames, "" for nobody. hashes: of each tokenizer. shards: numbers of all shards that belong to it.
-    shard_groups: the same by episode store. source: the episode stores (their folders as given, metadata, totals).
+    text_vocab_size. wordings: {task: sentences}. questions: who asked about the frames, "" for nobody. hashes: of each tokenizer.
+    shards: numbers of all shards that belong to it. shard_groups: the same by episode store. source: the episode stores (their folders as
+    given, metadata, totals).
     """
 
-    def __init__(self, path: Path, metadata: dict[str, Any]):
-        self.path = path
+    def __init__(self, path: Path, metadata: dict[str, Any], url: str = ""):
+        self.path = path  # of manifest and tokenizers, and of the shards too unless these are behind a URL
         self.metadata = metadata
+        self._place = UrlPath(url) if url else path
 
     @classmethod
     def create(cls, path: str | Path, metadata: dict[str, Any]) -> TokenStore:
@@ -144,10 +151,11 @@ class TokenStore:
 
     @classmethod
     def open(cls, path: str | Path) -> TokenStore:
-        """The store in `path`. Raises FileNotFoundError, or TokenStoreError naming a tokenizer that is not the store's own."""
-        path = Path(path)
+        """The store in `path`, a folder or a URL. Raises FileNotFoundError, or TokenStoreError naming a tokenizer that is not its own."""
+        url = str(path) if is_url(path) else ""
+        path = mirror(url, MANIFEST, TOKENIZERS) if url else Path(path)
         record = read_manifest(path / MANIFEST, FORMAT, SCHEMA, "a token store", TokenStoreError)
-        store = cls(path, record["metadata"])
+        store = cls(path, record["metadata"], url)
         store.require_hashes(hashes(path), f"the one in {path}")
         return store
 
@@ -160,8 +168,11 @@ class TokenStore:
                     f"({digest[:12]}…); tokenize into a new folder"
                 )
 
-    def shard_path(self, index: int) -> Path:
-        return self.path / "shards" / f"{index:05d}.zarr"
+    def __str__(self) -> str:
+        return str(self._place)
+
+    def shard_path(self, index: int) -> Path | UrlPath:
+        return self._place / "shards" / f"{index:05d}.zarr"
 
     def has_shard(self, index: int) -> bool:
         """Whether shard `index` is there; a shard that is there is whole."""
@@ -169,7 +180,7 @@ class TokenStore:
 
     def shard_indices(self) -> list[int]:
         """Numbers of the shards that are there, ascending."""
-        return shard_indices(self.path / "shards")
+        return shard_indices(self._place / "shards")
 
     def missing_shards(self) -> list[int]:
         """Numbers of the shards that are still to be written."""
@@ -178,7 +189,7 @@ class TokenStore:
 
     def write_shard(self, index: int, episodes: Sequence[TokenizedEpisode]) -> Path:
         """Write shard `index`, whole or not at all. Raises TokenStoreError if it is there, ValueError for no episodes."""
-        target = self.shard_path(index)
+        target = self.path / "shards" / f"{index:05d}.zarr"
         if target.exists():
             raise TokenStoreError(f"{target} is there already; shards are never overwritten")
         if not episodes:
@@ -206,11 +217,12 @@ class TokenStore:
         """The episodes of shard `index`, in the episode store's order. Raises TokenStoreError."""
         path = self.shard_path(index)
         if not path.exists():
-            raise TokenStoreError(f"{self.path} has no shard {index}; run the same tokenize command again to finish it")
+            raise TokenStoreError(f"{self} has no shard {index}; run the same tokenize command again to finish it")
         group = open_shard(path, SHARD_FORMAT, SCHEMA, TokenStoreError)
         names = ("static_codes", "gripper_codes", "frame_step", "chunk_imitate", "action_lengths", "action_ids")
         has_questions = bool(self.metadata.get("questions"))
         columns = {name: read_array(group, name, path) for name in (*names, *(ASKED if has_questions else ()))}
+        self._require_known(columns, path)
         starts = np.concatenate([[0], np.cumsum(columns["action_lengths"])])
         episodes, frame, asked_before = [], 0, 0
         for record in group.attrs["episodes"]:
@@ -231,12 +243,25 @@ class TokenStore:
             frame = rows.stop
         return episodes
 
+    def _require_known(self, columns: dict[str, np.ndarray], path: Path | UrlPath) -> None:
+        """Raise TokenStoreError for a shard without frames, or with ids that the store's tokenizers do not have."""
+        if not len(columns["frame_step"]):
+            raise TokenStoreError(f"{path} is empty: none of its episodes has a frame; delete that shard and make it again")
+        sizes = {"static_codes": "codebook_size", "gripper_codes": "codebook_size", "action_ids": "action_vocab_size"}
+        for name, size in (sizes | {"asked_ids": "text_vocab_size"}).items():
+            ids = columns.get(name, np.zeros(0, int))
+            if ids.min(initial=0) < 0 or ids.max(initial=0) >= self.metadata[size]:
+                raise TokenStoreError(
+                    f"{path}: {name} has ids in [{ids.min()}, {ids.max()}], expected [0, {self.metadata[size]}), as {MANIFEST} states "
+                    f"({size}): they come from another tokenizer; delete that shard and make it again"
+                )
+
     def episodes(self, shards: Sequence[int] | None = None) -> list[TokenizedEpisode]:
         """Episodes of `shards`, by default of all. Raises TokenStoreError for a store that is not finished."""
         missing = self.missing_shards()
         if missing:
             raise TokenStoreError(
-                f"{self.path} is unfinished: {len(missing)} of {len(self.metadata['shards'])} shards are missing; "
+                f"{self} is unfinished: {len(missing)} of {len(self.metadata['shards'])} shards are missing; "
                 "run the same tokenize command again"
             )
         chosen = self.metadata["shards"] if shards is None else shards
@@ -257,9 +282,15 @@ class TokenStore:
         return Tokenizers(
             vision=VisionTokenizer.from_pretrained(self.path / VISION),
             action=FastTokenizer.from_pretrained(self.path / ACTION),
-            text=TextTokenizer.from_pretrained(self.path / TEXT),
+            text=text_tokenizer(self.path / TEXT),
             normalizer=ActionNormalizer.load(self.path / NORMALIZER),
         )
+
+
+def text_tokenizer(folder: Path) -> TextTokenizer | Emu3TextTokenizer:
+    """The text tokenizer in a folder: Emu3's own where its tokens lie there as a list of ranks, else one of ours."""
+    kind = Emu3TextTokenizer if any((folder / name).exists() for name in TIKTOKEN_FILES) else TextTokenizer
+    return kind.from_pretrained(folder)
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -14,15 +14,18 @@ Axes: L positions, N blocks, C = block_size² codes of a block, B documents.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 
-from emu3_vla.documents.segments import ActionChunk, Begin, Image, Segment, check_order
+from emu3_vla.documents.pictures import in_order
+from emu3_vla.documents.segments import ActionChunk, Begin, DocumentError, Image, Segment, check_order
+from emu3_vla.documents.spans import Spans
 from emu3_vla.documents.stream import spell, spelled_length
-from emu3_vla.documents.weights import LossWeights, weights_of
+from emu3_vla.documents.weights import SPECIAL, LossWeights, kinds_of, weights_of
 from emu3_vla.vocabulary import CompactVocabulary, Vocabulary
 
 IGNORE = -100
@@ -39,14 +42,15 @@ class Layout:
     """A document over L positions with N blocks.
 
     ids: int64 (L,); `pad` where a block stands. targets: int64 (L,), the next id, or IGNORE. weights: float32 (L,), of each target in the
-    loss, 0 where it is IGNORE. codes: int64 (N, C), row by row within a block. block_at: int64 (N,), positions of the blocks, ascending;
-    the position before a block predicts it. block_weights: float32 (N,), of each block's codes in the loss, 0 where they are not
-    supervised. places: int64 (N,), see CompactVocabulary.places.
+    loss, 0 where it is IGNORE. kinds: int8 (L,), of each target, an index into KINDS. codes: int64 (N, C), row by row within a block.
+    block_at: int64 (N,), positions of the blocks, ascending; the position before a block predicts it. block_weights: float32 (N,), of
+    each block's codes in the loss, 0 where they are not supervised. places: int64 (N,), see CompactVocabulary.places.
     """
 
     ids: np.ndarray
     targets: np.ndarray
     weights: np.ndarray
+    kinds: np.ndarray
     codes: np.ndarray
     block_at: np.ndarray
     block_weights: np.ndarray
@@ -55,25 +59,40 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Documents padded on the right to one length. Attention is causal, so no document sees padding and none sees another.
+    """Documents padded on the right to one length, or packed several to a row.
 
-    ids_BL, targets_BL: int64. codes_NC, places_N: int64. block_at_N: int64, index into the flattened B×L positions.
+    A document a row: attention is causal, so none sees padding and none sees another. Packed: `spans` says where each document stands, and
+    attention and positions keep to it.
+
+    ids_BL, targets_BL: int64. kinds_BL: int8, of the targets, see Layout. codes_NC, places_N: int64. block_at_N: int64, index into the
+    flattened B×L positions.
     weights_BL, block_weights_N: float32, see Layout. chunks: number of supervised action chunks. positions: number that are not padding.
     """
 
     ids_BL: torch.Tensor
     targets_BL: torch.Tensor
     weights_BL: torch.Tensor
+    kinds_BL: torch.Tensor
     codes_NC: torch.Tensor
     places_N: torch.Tensor
     block_at_N: torch.Tensor
     block_weights_N: torch.Tensor
     chunks: int
     positions: int
+    spans: Spans | None = None
+
+    @property
+    def documents(self) -> int:
+        """How many there are."""
+        return len(self.ids_BL) if self.spans is None else len(self.spans)
+
+    def document_at(self, positions: np.ndarray) -> np.ndarray:
+        """Number of the document at each position, an index into the flattened B×L: int64, of the shape of `positions`."""
+        return positions // self.ids_BL.shape[1] if self.spans is None else self.spans.document_at(positions)
 
     def to(self, device: torch.device | str) -> Batch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in values.items()})
+        return Batch(**{name: value.to(device) if isinstance(value, (torch.Tensor, Spans)) else value for name, value in values.items()})
 
 
 def length_of(segments: Sequence[Segment], vocabulary: Vocabulary) -> int:
@@ -92,10 +111,12 @@ def lay_out(segments: Sequence[Segment], vocabulary: Vocabulary, weights: LossWe
     check_order(segments)
     spelled = [spell(segment, vocabulary) for segment in segments]
     ids = np.concatenate(spelled)
-    weight = weights_of(segments, spelled, vocabulary, weights)
+    weight, kinds = weights_of(segments, spelled, vocabulary, weights), kinds_of(segments, spelled, vocabulary)
     codes = block_at = np.zeros(0, np.int64)
     if not vocabulary.vision_in_head:
-        ids, weight, codes, block_at = _fold(ids, weight, vocabulary)
+        kept, codes, block_at = _fold(ids, vocabulary)
+        ids, weight, kinds = ids[kept], weight[kept], kinds[kept]
+        ids[block_at] = vocabulary.pad
     block_weights, weight[block_at] = weight[block_at], 0
     targets = np.full(len(ids), IGNORE, np.int64)
     targets[:-1] = np.where(weight[1:] > 0, ids[1:], IGNORE)
@@ -103,6 +124,7 @@ def lay_out(segments: Sequence[Segment], vocabulary: Vocabulary, weights: LossWe
         ids=ids,
         targets=targets,
         weights=np.append(weight[1:], np.float32(0)),
+        kinds=np.append(kinds[1:], SPECIAL),
         codes=codes.reshape(-1, vocabulary.codes_per_block),
         block_at=block_at,
         block_weights=block_weights,
@@ -115,46 +137,112 @@ def collate(documents: Sequence[Sequence[Segment]], vocabulary: Vocabulary, weig
     layouts = [lay_out(document, vocabulary, weights) for document in documents]
     longest = max(len(layout.ids) for layout in layouts)
     width = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-    ids = np.full((len(layouts), width), vocabulary.pad, np.int64)
-    targets = np.full((len(layouts), width), IGNORE, np.int64)
-    target_weights = np.zeros((len(layouts), width), np.float32)
-    for row, layout in enumerate(layouts):
-        length = len(layout.ids)
-        ids[row, :length], targets[row, :length], target_weights[row, :length] = layout.ids, layout.targets, layout.weights
-    block_at = np.concatenate([layout.block_at + row * width for row, layout in enumerate(layouts)])
+    starts = np.arange(len(layouts)) * width
+    return _assemble(documents, layouts, starts, (len(layouts), width), vocabulary)
+
+
+def pack(
+    rows: Sequence[Sequence[Sequence[Segment]]], vocabulary: Vocabulary, context: int, weights: LossWeights = ALL, *, trim: bool = False
+) -> Batch:
+    """Lay out documents one behind another, several to a row of `context` positions: rows of documents, see `plan_rows`.
+
+    trim: make the rows no longer than the fullest needs (rounded up to LENGTH_MULTIPLE). Raises DocumentError for a row that is too long.
+    """
+    documents = [document for row in rows for document in row]
+    layouts = [lay_out(document, vocabulary, weights) for document in documents]
+    lengths = np.array([len(layout.ids) for layout in layouts], np.int64)
+    row_of = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+    used = np.bincount(row_of, lengths, minlength=len(rows)).astype(np.int64)
+    if used.max(initial=0) > context:
+        raise DocumentError(f"row {used.argmax()} of a batch has {used.max()} positions, expected at most context={context}")
+    if trim:
+        context = min(context, -(-int(used.max(initial=1)) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
+    starts = np.cumsum(lengths) - lengths + (np.arange(len(rows)) * context - (np.cumsum(used) - used))[row_of]
+    return _assemble(documents, layouts, starts, (len(rows), context), vocabulary, Spans.of(starts, lengths, (len(rows), context)))
+
+
+def _assemble(
+    documents: Sequence[Sequence[Segment]],
+    layouts: Sequence[Layout],
+    starts: np.ndarray,
+    shape: tuple[int, int],
+    vocabulary: Vocabulary,
+    spans: Spans | None = None,
+) -> Batch:
+    """Layouts at their starts in the flattened positions of a batch of this shape."""
+    size = shape[0] * shape[1]
+    ids, targets = np.full(size, vocabulary.pad, np.int64), np.full(size, IGNORE, np.int64)
+    target_weights, kinds = np.zeros(size, np.float32), np.full(size, SPECIAL, np.int8)
+    for start, layout in zip(starts.tolist(), layouts, strict=True):
+        own = slice(start, start + len(layout.ids))
+        ids[own], targets[own], target_weights[own], kinds[own] = layout.ids, layout.targets, layout.weights, layout.kinds
+    nothing = np.zeros(0, np.int64)  # rows may be empty
+    block_at = [nothing, *(layout.block_at + start for start, layout in zip(starts.tolist(), layouts, strict=True))]
+    codes = [nothing.reshape(0, vocabulary.codes_per_block), *(layout.codes for layout in layouts)]
+    block_weights = [nothing.astype(np.float32), *(layout.block_weights for layout in layouts)]
     return Batch(
-        ids_BL=torch.from_numpy(ids),
-        targets_BL=torch.from_numpy(targets),
-        weights_BL=torch.from_numpy(target_weights),
-        codes_NC=torch.from_numpy(np.concatenate([layout.codes for layout in layouts])),
-        places_N=torch.from_numpy(np.concatenate([layout.places for layout in layouts])),
-        block_at_N=torch.from_numpy(block_at),
-        block_weights_N=torch.from_numpy(np.concatenate([layout.block_weights for layout in layouts])),
+        ids_BL=torch.from_numpy(ids).view(shape),
+        targets_BL=torch.from_numpy(targets).view(shape),
+        weights_BL=torch.from_numpy(target_weights).view(shape),
+        kinds_BL=torch.from_numpy(kinds).view(shape),
+        codes_NC=torch.from_numpy(np.concatenate(codes)),
+        places_N=torch.from_numpy(np.concatenate([nothing, *(layout.places for layout in layouts)])),
+        block_at_N=torch.from_numpy(np.concatenate(block_at)),
+        block_weights_N=torch.from_numpy(np.concatenate(block_weights)),
         chunks=sum(isinstance(part, ActionChunk) and part.supervised for document in documents for part in document),
         positions=sum(len(layout.ids) for layout in layouts),
+        spans=spans,
     )
+
+
+def plan_rows(lengths: Sequence[int], context: int, rows: int | None = None) -> tuple[list[list[int]], list[int]]:
+    """Which documents of these lengths share a row, none of them cut: the longest first, each into the fullest row that still takes it.
+
+    rows: number of rows, empty ones among them; documents that find no place are left out. None: as many as are needed.
+    Returns the documents of each row, and those left out. Raises DocumentError for a document that no row can take.
+    """
+    by_length = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    if by_length and lengths[by_length[0]] > context:
+        raise DocumentError(
+            f"a document has {lengths[by_length[0]]} positions, expected at most context={context}: documents are never cut; "
+            "raise the context, or show fewer chunks, moments or questions in a document"
+        )
+    planned: list[list[int]] = [[] for _ in range(rows or 0)]
+    free = [(context, row) for row in range(rows or 0)]  # ascending
+    left_out = []
+    for number in by_length:
+        at = bisect.bisect_left(free, (lengths[number], -1))
+        if at < len(free):
+            room, row = free.pop(at)
+        elif rows is None:
+            room, row = context, len(planned)
+            planned.append([])
+        else:
+            left_out.append(number)
+            continue
+        planned[row].append(number)
+        bisect.insort(free, (room - lengths[number], row))
+    return planned, left_out
 
 
 def _begins(segments: Sequence[Segment]) -> bool:
     return bool(segments) and isinstance(segments[0], Begin)
 
 
-def _fold(ids: np.ndarray, weight: np.ndarray, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """One position per block: its ids and weights (L,), the codes, and the blocks' positions. Codes of a block follow each other."""
+def _fold(ids: np.ndarray, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One position per block: which ids keep one, bool (n,); the codes; and the blocks' positions. Codes of a block follow each other."""
     is_code = ids >= vocabulary.vision_start
     codes = ids[is_code] - vocabulary.vision_start
     first_of_block = np.flatnonzero(is_code)[:: vocabulary.codes_per_block]
     kept = ~is_code
     kept[first_of_block] = True
-    block_at = np.flatnonzero(is_code[kept])
-    ids, weight = ids[kept], weight[kept]
-    ids[block_at] = vocabulary.pad
-    return ids, weight, codes, block_at
+    return kept, codes, np.flatnonzero(is_code[kept])
 
 
 def _places(segments: Sequence[Segment], vocabulary: Vocabulary, blocks: int) -> np.ndarray:
     """Which place each block has: int64 (blocks,)."""
     if not isinstance(vocabulary, CompactVocabulary):
         return np.zeros(blocks, np.int64)
-    places = [np.arange(0), *(np.asarray(vocabulary.places(segment.name)) for segment in segments if isinstance(segment, Image))]
-    return np.concatenate(places)
+    images = [segment for segment in segments if isinstance(segment, Image)]
+    places = [in_order(image, np.asarray(vocabulary.places(image.name)), vocabulary.block_size) for image in images]
+    return np.concatenate([np.arange(0), *places])

@@ -6,6 +6,7 @@ from typing import NoReturn, Protocol
 
 import numpy as np
 
+from emu3_vla.documents.orders import inverse, permutation
 from emu3_vla.documents.segments import DocumentError, Image, OpenImage, OpenVideo, Segment, Video, from_blocks, to_blocks
 from emu3_vla.vocabulary import CompactVocabulary, Emu3Vocabulary, Vocabulary
 
@@ -19,6 +20,7 @@ class Reader(Protocol):
     ids: np.ndarray
     at: int
     image_ends: np.ndarray  # positions of the ids that end images
+    order: str | np.ndarray  # in which images are written
 
     @property
     def next(self) -> int | None: ...
@@ -43,7 +45,7 @@ class CompactPictures:
         vocabulary = self._vocabulary
         if isinstance(segment, Image):
             codes = self._checked(segment)
-            blocks = to_blocks(codes, vocabulary.block_size)
+            blocks = in_order(segment, to_blocks(codes, vocabulary.block_size), vocabulary.block_size)
             return np.concatenate([[vocabulary.begin_image(segment.name)], blocks.ravel() + vocabulary.vision_start])
         if isinstance(segment, OpenImage):
             grid = vocabulary.grid(segment.name)
@@ -65,7 +67,7 @@ class CompactPictures:
         if reader.open_here:
             return OpenImage(grid.name, grid.rows, grid.columns)
         codes = reader.rows(1, grid.rows * grid.columns, closing=None)
-        return Image(grid.name, from_blocks(codes.reshape(-1, vocabulary.codes_per_block), grid.rows, grid.columns))
+        return read_image(grid.name, codes, grid.rows, grid.columns, vocabulary.block_size, reader.order)
 
     def _checked(self, image: Image) -> np.ndarray:
         grid = self._vocabulary.grid(image.name)
@@ -86,8 +88,8 @@ class Emu3Pictures:
         match segment:
             case Image():
                 codes = self._checked(segment.codes, 2, "image")
-                lines = to_blocks(codes, vocabulary.block_size).reshape(len(codes) // vocabulary.block_size, -1)
-                rows = self._rows(lines, vocabulary.end_of_line)
+                blocks = in_order(segment, to_blocks(codes, vocabulary.block_size), vocabulary.block_size)
+                rows = self._rows(blocks.reshape(len(codes) // vocabulary.block_size, -1), vocabulary.end_of_line)
                 return np.concatenate([self._header(*codes.shape), rows, [vocabulary.end_of_frame], ends])
             case OpenImage():
                 self._check_sizes((segment.rows, segment.columns), "image")
@@ -121,7 +123,7 @@ class Emu3Pictures:
         lines = reader.rows(rows // vocabulary.block_size, columns * vocabulary.block_size, vocabulary.end_of_line)
         reader.take(vocabulary.end_of_frame)
         reader.take(vocabulary.end_of_image)
-        return Image("", from_blocks(lines.reshape(-1, vocabulary.codes_per_block), rows, columns))
+        return read_image("", lines, rows, columns, vocabulary.block_size, reader.order)
 
     def _film(self, film: Video | OpenVideo) -> list[np.ndarray]:
         """Header and frames."""
@@ -207,6 +209,22 @@ class Emu3Pictures:
         block = self._vocabulary.block_size
         if min(sizes) < 1 or sizes[0] % block or sizes[1] % block:
             raise DocumentError(f"{what} has {sizes[0]}×{sizes[1]} codes, expected at least 1, and multiples of block_size={block}")
+
+
+def in_order(image: Image, blocks: np.ndarray, block_size: int) -> np.ndarray:
+    """What belongs to each block of an image, one after another along the first axis, in the order in which it is written."""
+    if isinstance(image.order, str) and image.order == "raster":
+        return blocks
+    rows, columns = np.shape(image.codes)
+    return blocks[permutation(image.order, rows // block_size, columns // block_size)]
+
+
+def read_image(name: str, codes: np.ndarray, rows: int, columns: int, block_size: int, order: str | np.ndarray) -> Image:
+    """The image whose codes were written in this order."""
+    blocks = codes.reshape(-1, block_size**2)
+    if not isinstance(order, str) or order != "raster":
+        blocks = blocks[inverse(permutation(order, rows // block_size, columns // block_size))]
+    return Image(name, from_blocks(blocks, rows, columns), order=order)
 
 
 def pictures_of(vocabulary: Vocabulary) -> CompactPictures | Emu3Pictures:

@@ -10,6 +10,7 @@ letter, the method says which. Source: baaivision/Emu3 and baaivision/UniVLA, em
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -127,6 +128,4 @@ class Prompts:
 
 
 def _unsupervised(picture: Picture) -> Picture:
-    if isinstance(picture, Image):
-        return Image(picture.name, picture.codes, supervised=False)
-    return Video(picture.codes, picture.frames, supervised=False)
+    return replace(picture, supervised=False)

@@ -60,11 +60,14 @@ class Image(_Segment):
     """One image. codes: integers (rows, columns) in [0, codebook_size).
 
     name: as in a compact vocabulary, where it gives the size. Emu3's stream holds the size but no names, and is parsed to name "".
+    order: in which its blocks are written (a block of one code is a code), by name or place by place: emu3_vla.documents.orders. The
+    stream does not say it.
     """
 
     name: str
     codes: np.ndarray
     supervised: bool = True
+    order: str | np.ndarray = "raster"
 
 
 @dataclass(frozen=True, eq=False)

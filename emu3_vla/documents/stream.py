@@ -55,16 +55,19 @@ def write(segments: Sequence[Segment], vocabulary: Vocabulary) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.int64), *(spell(segment, vocabulary) for segment in segments)])
 
 
-def parse(ids: np.ndarray | Sequence[int], vocabulary: Vocabulary, *, prompt: bool = False) -> list[Segment]:
+def parse(
+    ids: np.ndarray | Sequence[int], vocabulary: Vocabulary, *, prompt: bool = False, order: str | np.ndarray = "raster"
+) -> list[Segment]:
     """Segments of a stream: integers (n,) -> list; `write` gives the same ids again.
 
-    prompt: the last segment may be open, as it is where a model is to go on. Padding is no document: strip it first.
+    prompt: the last segment may be open, as it is where a model is to go on. order: of the blocks of its images (see Image). Padding is no
+    document: strip it first.
     Raises MalformedDocument, saying at which position what came and what was expected.
     """
     array = np.asarray(ids)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise DocumentError(f"ids have shape {array.shape} and type {array.dtype}, expected integers in a row")
-    return _Reader(array.astype(np.int64), vocabulary, prompt).document()
+    return _Reader(array.astype(np.int64), vocabulary, prompt, order).document()
 
 
 def spell(segment: Segment, vocabulary: Vocabulary) -> np.ndarray:
@@ -100,8 +103,8 @@ def spelled_length(segment: Segment, vocabulary: Vocabulary) -> tuple[int, int]:
 class _Reader:
     """A position in a stream, moved on by each segment that is read."""
 
-    def __init__(self, ids: np.ndarray, vocabulary: Vocabulary, prompt: bool):
-        self.ids, self.vocabulary, self._prompt = ids, vocabulary, prompt
+    def __init__(self, ids: np.ndarray, vocabulary: Vocabulary, prompt: bool, order: str | np.ndarray):
+        self.ids, self.vocabulary, self._prompt, self.order = ids, vocabulary, prompt, order
         self.at = 0
 
     def document(self) -> list[Segment]:

@@ -11,6 +11,11 @@ import numpy as np
 from emu3_vla.documents.segments import ActionChunk, End, Image, OpenAction, OpenReasoning, Reasoning, Segment, Text, Video
 from emu3_vla.vocabulary import Vocabulary
 
+KINDS = ("action", "text", "special", "vision")
+"""Kinds of targets. End of chunk is `action`, end of document and marks of reasoning are `text`; `special` says that an image or actions
+begin, and surrounds codes."""
+ACTION, TEXT, SPECIAL, VISION = (np.int8(kind) for kind in range(len(KINDS)))
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossWeights:
@@ -65,3 +70,16 @@ def weights_of(segments: Sequence[Segment], spelled: Sequence[np.ndarray], vocab
             case Text() | Reasoning() | End() | Image(supervised=False) | Video(supervised=False):
                 values[own] = 0
     return values
+
+
+def kinds_of(segments: Sequence[Segment], spelled: Sequence[np.ndarray], vocabulary: Vocabulary) -> np.ndarray:
+    """Kind of each id of a document, an index into KINDS: int8 (n,). By its place, since Emu3's action ids are text ids elsewhere."""
+    kinds = np.where(np.concatenate(spelled) >= vocabulary.vision_start, VISION, SPECIAL)
+    at = 0
+    for segment, part in zip(segments, spelled, strict=True):
+        start, at = at, at + len(part)
+        if isinstance(segment, ActionChunk):
+            kinds[start + 1 : at] = ACTION
+        elif isinstance(segment, (Text, Reasoning, End)):
+            kinds[start:at] = TEXT
+    return kinds

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 
 import torch
 import torch.nn.functional as F
 
 from action_tokenizer import ActionGrammar
-from emu3_vla.generation.cache import CachedSequence
+from action_tokenizer.prefix import CommittedPrefix
+from emu3_vla.generation.cache import LEAST_ROWS, CachedSequence, Product
+from emu3_vla.generation.sampling import DecodingFailed
 from emu3_vla.model import BlockEmu3ForCausalLM
 from emu3_vla.vocabulary import CompactVocabulary
 
-
-class DecodingFailed(ValueError):
-    """The model's logits are not numbers, so there is nothing to choose from."""
+# Ids that are weighed against a committed prefix: the likeliest so many. Weighing all of them takes longer than the model does.
+CANDIDATES = 64
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class _Chunk:
     ids: list[int] = field(default_factory=list)
     entropy: list[float] = field(default_factory=list)
     log_probability: float = 0.0
+    prefix: CommittedPrefix | None = None
 
 
 class ActionWriter:
@@ -48,7 +51,7 @@ class ActionWriter:
         if temperature < 0:
             raise ValueError(f"temperature is {temperature}, expected at least 0")
         start, end = vocabulary.action_start, vocabulary.end_of_chunk + 1
-        self._head = model.lm_head.weight[start:end].detach()
+        self._head = Product(model.lm_head.weight[start:end])
         self._embeddings = model.model.embed_tokens.weight[start:end].detach()
         self._grammar, self._temperature = grammar, temperature
         self._refused = torch.from_numpy(~grammar.mask_rows)
@@ -67,35 +70,41 @@ class ActionWriter:
         sequences: Sequence[CachedSequence],
         states_SH: torch.Tensor,
         generators: Sequence[torch.Generator | None],
-        *,
-        rows: int = 1,
+        prefixes: Sequence[CommittedPrefix | None] | None = None,
     ) -> list[WrittenChunk]:
         """What `write` gives for each sequence, one step of all at a time. Raises DecodingFailed.
 
-        rows: compute at least so many rows at once, dead ones where there are fewer sequences.
+        prefixes: of each chunk what is decided already; its ids are then chosen as both the model and the prefix have it, and "entropy"
+        and "probability" are of that choice.
         """
-        chunks = [_Chunk(self._grammar.start()) for _ in sequences]
-        states_SH = F.pad(states_SH, (0, 0, 0, max(0, rows - len(sequences))))
-        following = torch.zeros(len(states_SH), dtype=torch.long, device=states_SH.device)
-        open_rows: list[CachedSequence | None] = [*sequences] + [None] * (len(states_SH) - len(sequences))
+        chunks = [_Chunk(self._grammar.start(), prefix=prefix) for prefix in prefixes or [None] * len(sequences)]
+        unfinished, states = list(range(len(chunks))), list(states_SH)
         while True:
-            logits_SV = F.linear(states_SH, self._head).float()
-            for row, chunk in enumerate(chunks):
-                if open_rows[row] is not None:
-                    following[row] = self._go_on(chunk, logits_SV[row], generators[row])
-                    if self._grammar.is_finished(chunk.state):
-                        open_rows[row] = None
-            if all(sequence is None for sequence in open_rows):
+            logits = self._logits(torch.stack(states))
+            following = [self._go_on(chunks[number], row, generators[number]) for number, row in zip(unfinished, logits, strict=True)]
+            going = [not self._grammar.is_finished(chunks[number].state) for number in unfinished]
+            following, unfinished = list(compress(following, going)), list(compress(unfinished, going))
+            if not unfinished:
                 return [WrittenChunk(chunk.ids, chunk.entropy, math.exp(chunk.log_probability)) for chunk in chunks]
-            states_SH = sequences[0].trunk.step(self._embeddings[following], open_rows)
+            embedded = self._embeddings[following].split(1)
+            extended = sequences[0].trunk.extend_each([(sequences[number], row) for number, row in zip(unfinished, embedded, strict=True)])
+            states = [state_1H[0] for state_1H in extended]
+
+    def _logits(self, states_SH: torch.Tensor) -> torch.Tensor:
+        """Of the ids of actions and end of chunk: float32 (S, V + 1). In LEAST_ROWS rows or more, see there."""
+        return self._head(F.pad(states_SH, (0, 0, 0, max(0, LEAST_ROWS - len(states_SH)))))[: len(states_SH)].float()
 
     def _go_on(self, chunk: _Chunk, logits: torch.Tensor, generator: torch.Generator | None) -> int:
         """Choose the chunk's next id from the logits that follow it."""
         log_p = self._masked(logits, chunk.state)
+        if chunk.prefix is not None:
+            log_p = _heeding(chunk.prefix, log_p)
         index = self._choose(log_p, generator)
         chunk.log_probability += log_p[index].item()
         chunk.entropy.append(_entropy(log_p))
         chunk.ids.append(index)
+        if chunk.prefix is not None:
+            chunk.prefix.write(index)
         chunk.state = self._grammar.advance(chunk.state, index)
         return index
 
@@ -110,6 +119,15 @@ class ActionWriter:
         if self._temperature == 0:
             return int(log_p.argmax())
         return int(torch.multinomial((log_p / self._temperature).softmax(0), 1, generator=generator))
+
+
+def _heeding(prefix: CommittedPrefix, log_p: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of the likeliest candidates given the committed prefix too; the others get none."""
+    best = log_p.topk(min(CANDIDATES, int(torch.isfinite(log_p).sum()))).indices
+    scores = torch.from_numpy(prefix.scores(best.tolist())).to(log_p)
+    heeded = torch.full_like(log_p, -torch.inf)
+    heeded[best] = log_p[best] + scores
+    return torch.log_softmax(heeded, dim=0)
 
 
 def _entropy(log_p: torch.Tensor) -> float:

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
-from emu3_vla.documents import IGNORE, Batch
-from emu3_vla.model import BlockEmu3ForCausalLM, block_losses, token_losses
+from emu3_vla.documents import IGNORE, KINDS, Batch
+from emu3_vla.model import BlockEmu3ForCausalLM, PlainEmu3ForCausalLM, block_losses, token_losses
 from emu3_vla.training import processes
-from emu3_vla.vocabulary import CompactVocabulary
 
-KINDS = ("action", "text", "special", "vision")
-"""`text`: answers to questions. End of chunk is counted as action; `special` is what says that an image or actions begin."""
 VISION = KINDS.index("vision")
 HIT_KINDS = ("action", "text")
+MEANS = ("kind", "token")
+PAIR_FIGURES = ("loss_preference", "preferred", "margin")
+"""Of a pair: its loss, whether the chosen side gained more than the rejected one, and by how many nats times beta."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Weight of each kind's mean loss (nats a token), and how much of the pictures is predicted."""
+    """How much each kind of token counts, and how much of the pictures is predicted."""
 
     action_weight: float = 1.0
+    mean_over: str = "kind"  # weights are of each kind's mean loss (nats a token); or "token": of each token in one mean, as Emu3 trains
     text_weight: float = 0.3  # answers; instructions and questions are given
     special_weight: float = 0.02
     vision_weight: float = 0.1
@@ -31,6 +32,8 @@ class LossConfig:
     label_smoothing: float = 0.0  # of text and action targets
 
     def __post_init__(self):
+        if self.mean_over not in MEANS:
+            raise ValueError(f"loss.mean_over is {self.mean_over!r}, expected one of {', '.join(MEANS)}")
         for kind in KINDS:
             if self.weight(kind) < 0:
                 raise ValueError(f"loss.{kind}_weight is {self.weight(kind)}, expected at least 0")
@@ -45,11 +48,15 @@ class LossConfig:
 
 @dataclass
 class Figures:
-    """Sums over tokens, per kind in the order of KINDS: float64 (4,) each. Add them up over steps or processes, then take means."""
+    """Sums over tokens, per kind in the order of KINDS: float64 (4,) each. Add them up over steps or processes, then take means.
+
+    pairs: float64 (4,), sums over pairs in the order of PAIR_FIGURES, and their number; where preferences are learnt.
+    """
 
     loss: torch.Tensor
     hits: torch.Tensor
     tokens: torch.Tensor
+    pairs: torch.Tensor = field(default_factory=lambda: torch.zeros(1 + len(PAIR_FIGURES), dtype=torch.float64))
 
     @classmethod
     def zero(cls) -> Figures:
@@ -57,9 +64,17 @@ class Figures:
 
     def add(self, other: Figures) -> None:
         self.loss, self.hits, self.tokens = self.loss + other.loss, self.hits + other.hits, self.tokens + other.tokens
+        self.pairs = self.pairs + other.pairs
 
     def over_processes(self) -> Figures:
-        return Figures(*processes.summed(torch.stack([self.loss, self.hits, self.tokens])))
+        parts = [self.loss, self.hits, self.tokens, self.pairs]
+        return Figures(*processes.summed(torch.cat(parts)).split([len(part) for part in parts]))
+
+    def total(self, config: LossConfig) -> float:
+        """The loss that `total` makes of the same tokens; of pairs, theirs."""
+        if self.pairs[-1]:
+            return (self.pairs[0] / self.pairs[-1]).item()
+        return total(list(self.loss), self.tokens, config).item()
 
     def means(self) -> dict[str, float]:
         """Mean loss of each kind that occurred, and the share of action and of text tokens whose likeliest id was right."""
@@ -67,7 +82,17 @@ class Figures:
         for kind in HIT_KINDS:
             if self.tokens[index := KINDS.index(kind)]:
                 means[f"{kind}_accuracy"] = (self.hits[index] / self.tokens[index]).item()
+        if self.pairs[-1]:
+            means |= dict(zip(PAIR_FIGURES, (self.pairs[:-1] / self.pairs[-1]).tolist(), strict=True))
         return means
+
+
+def document_seeds(batch: Batch, seed: int, step: int, rank: int, count: int) -> list[tuple[int, ...]]:
+    """One for each document of this process's part of a batch, whatever the number of processes: rows go to them in turn."""
+    if batch.spans is None:
+        return [(seed, step, number) for number in range(rank, rank + count * batch.documents, count)]
+    rows, places = np.divmod(batch.spans.starts_D, batch.ids_BL.shape[1])
+    return [(seed, step, rank + count * row, place) for row, place in zip(rows.tolist(), places.tolist(), strict=True)]
 
 
 def choose_blocks(batch: Batch, fraction: float, seeds: Sequence[tuple[int, ...]]) -> torch.Tensor:
@@ -75,48 +100,59 @@ def choose_blocks(batch: Batch, fraction: float, seeds: Sequence[tuple[int, ...]
 
     seeds: one a document, so that a document's choice depends neither on its neighbours nor on the process that it is in.
     """
-    row_of_block = batch.block_at_N.cpu().numpy() // batch.ids_BL.shape[1]
-    counts = np.bincount(row_of_block, minlength=len(batch.ids_BL))
+    chosen = _drawn(batch, batch.block_at_N, fraction, seeds) & (batch.block_weights_N.cpu().numpy() > 0)
+    return torch.from_numpy(np.flatnonzero(chosen)).to(batch.codes_NC.device)
+
+
+def thin_codes(batch: Batch, fraction: float, seeds: Sequence[tuple[int, ...]]) -> Batch:
+    """The batch with each code that the output head writes a target with probability `fraction` alone; blocks are not touched."""
+    targets = batch.targets_BL.flatten().clone()
+    codes = (batch.kinds_BL.flatten() == VISION).nonzero().squeeze(1)
+    if fraction == 1 or not len(codes):
+        return batch
+    targets[codes[torch.from_numpy(~_drawn(batch, codes, fraction, seeds)).to(codes.device)]] = IGNORE
+    return replace(batch, targets_BL=targets.view_as(batch.targets_BL))
+
+
+def _drawn(batch: Batch, positions: torch.Tensor, fraction: float, seeds: Sequence[tuple[int, ...]]) -> np.ndarray:
+    """Which of these ascending positions a draw takes, document by document: bool."""
+    counts = np.bincount(batch.document_at(positions.cpu().numpy()), minlength=batch.documents)
     draws = [np.random.default_rng(seed).random(count) for seed, count in zip(seeds, counts, strict=True)]
-    wanted = (np.concatenate(draws) < fraction) & (batch.block_weights_N.cpu().numpy() > 0)
-    return torch.from_numpy(np.flatnonzero(wanted)).to(batch.codes_NC.device)
+    return np.concatenate([np.zeros(0), *draws]) < fraction
 
 
-def count_tokens(batch: Batch, chosen: torch.Tensor, vocabulary: CompactVocabulary) -> torch.Tensor:
+def count_tokens(batch: Batch, chosen: torch.Tensor) -> torch.Tensor:
     """Supervised tokens of each kind: float64 (4,)."""
-    kinds = _kinds(batch.targets_BL[batch.targets_BL != IGNORE], vocabulary)
-    return torch.tensor([*(kind.sum().item() for kind in kinds), chosen.numel() * batch.codes_NC.shape[1]], dtype=torch.float64)
+    tokens = torch.bincount(batch.kinds_BL[batch.targets_BL != IGNORE].int(), minlength=len(KINDS)).double().cpu()
+    tokens[VISION] += chosen.numel() * batch.codes_NC.shape[1]
+    return tokens
 
 
 def losses(
-    model: BlockEmu3ForCausalLM, batch: Batch, chosen: torch.Tensor, vocabulary: CompactVocabulary, smoothing: float = 0.0
+    model: BlockEmu3ForCausalLM | PlainEmu3ForCausalLM, batch: Batch, chosen: torch.Tensor, smoothing: float = 0.0
 ) -> tuple[list[torch.Tensor], Figures]:
     """Summed loss of each kind, with gradient, in the order of KINDS; and the same as figures."""
     states_PH = model.states(batch)
-    token_losses_M, targets_M, right_M = token_losses(model, states_PH, batch.targets_BL.flatten(), smoothing)
-    kinds = _kinds(targets_M, vocabulary)
-    sums = [*(token_losses_M[kind].sum() for kind in kinds), torch.zeros((), device=states_PH.device)]
+    token_losses_M, _, right_M = token_losses(model, states_PH, batch.targets_BL.flatten(), smoothing)
+    kinds_M = batch.kinds_BL[batch.targets_BL != IGNORE]
+    sums = [token_losses_M[kinds_M == kind].sum() for kind in range(len(KINDS))]
     if chosen.numel():
-        sums[VISION] = block_losses(model, states_PH, batch, chosen).sum()
+        sums[VISION] = sums[VISION] + block_losses(model, states_PH, batch, chosen).sum()
     figures = Figures(
         loss=torch.stack([part.detach() for part in sums]).double().cpu(),
-        hits=torch.tensor([*(right_M[kind].sum() for kind in kinds), 0], dtype=torch.float64),
-        tokens=count_tokens(batch, chosen, vocabulary),
+        hits=torch.stack([right_M[kinds_M == kind].sum() for kind in range(len(KINDS))]).double().cpu(),
+        tokens=count_tokens(batch, chosen),
     )
     return sums, figures
 
 
 def total(sums: list[torch.Tensor], tokens: torch.Tensor, config: LossConfig) -> torch.Tensor:
-    """The loss to minimise: each kind's sum over the number of its tokens in all processes' batches, weighted."""
-    parts = [
-        config.weight(kind) * part / tokens[index].item()
-        for index, (kind, part) in enumerate(zip(KINDS, sums, strict=True))
-        if tokens[index] and config.weight(kind)
-    ]
-    return torch.stack(parts).sum()
-
-
-def _kinds(targets: torch.Tensor, vocabulary: CompactVocabulary) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Which targets are of each kind but vision, in the order of KINDS: bool, of the shape of `targets`."""
-    is_text, is_special = targets < vocabulary.text_size, targets > vocabulary.end_of_chunk
-    return ~is_text & ~is_special, is_text, is_special
+    """The loss to minimise: each kind's sum, weighted, over the number of its tokens (or the weighted number of all) in all processes'
+    batches."""
+    weights = torch.tensor([config.weight(kind) for kind in KINDS], dtype=torch.float64)
+    over = tokens if config.mean_over == "kind" else (weights * tokens).sum().expand(len(KINDS))
+    shares = (weights / over.clamp(min=1e-300)).where((tokens > 0) & (weights > 0), 0.0).tolist()
+    if not any(shares):
+        counted = ", ".join(f"{int(count)} {kind}" for kind, count in zip(KINDS, tokens, strict=True))
+        raise ValueError(f"a batch has nothing to learn: its targets are {counted}, and the loss weighs none of these; see loss.*_weight")
+    return torch.stack([share * part for share, part in zip(shares, sums, strict=True) if share]).sum()

@@ -2,6 +2,7 @@
 
     emu3-vla train tokens=outputs/tokenize/first output_dir=outputs/train/first
     emu3-vla train preset=debug tokens=... output_dir=...
+    emu3-vla train preset=stage/vla tokens=... output_dir=...     # one of the stages of docs/training.md
 
 Every step: a batch that depends on (seed, step) alone → summed losses per kind of token → their weighted means over all processes →
 one clipped AdamW step → the weights' moving average. A run that was killed and started again ends with the same losses and weights as
@@ -30,12 +31,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from emu3_vla import checkpoint, lora
 from emu3_vla.documents import Batch
 from emu3_vla.lora import LoraSettings
-from emu3_vla.model import BlockEmu3ForCausalLM, build_config
+from emu3_vla.model import BlockEmu3ForCausalLM
 from emu3_vla.training import figures as figures_of
-from emu3_vla.training import processes, sharded_state, state, team
+from emu3_vla.training import preference, processes, sharded_state, state, team
 from emu3_vla.training.figures import Figures, LossConfig
+from emu3_vla.training.initial import new_model as _new_model
+from emu3_vla.training.initial import outline
+from emu3_vla.training.mixture import MixtureConfig
 from emu3_vla.training.optimizer import FlatAdamW, OptimizerConfig
 from emu3_vla.training.parallel import ParallelConfig
+from emu3_vla.training.preference import PairBatch, PreferenceConfig
+from emu3_vla.training.prefetch import prefetched
 from emu3_vla.training.sharded import ShardedAdamW
 from emu3_vla.training.source import Source, open_source
 from emu3_vla.training.telemetry import EXTRAS, Metrics, Pace, live_line, measured_peak, training_flops
@@ -60,6 +66,7 @@ class ModelSizes:
     block_size: int = 4  # a trunk position carries block_size² vision codes
     code_dim: int = 64
     block_hidden: int = 512
+    hide_codes: float = 0.0
     depth_size: int = 128
     depth_layers: int = 2
     depth_heads: int = 4
@@ -68,8 +75,9 @@ class ModelSizes:
         for heads, size in (("num_attention_heads", "hidden_size"), ("depth_heads", "depth_size")):
             if getattr(self, size) % getattr(self, heads):
                 raise ValueError(f"model.{size}={getattr(self, size)} is no multiple of model.{heads}={getattr(self, heads)}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout is {self.dropout}, expected at least 0 and below 1")
+        for name in ("dropout", "hide_codes"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}, expected at least 0 and below 1")
 
     def arguments(self) -> dict[str, Any]:
         """As keyword arguments of model.build_config."""
@@ -77,6 +85,10 @@ class ModelSizes:
         rope = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
         values.pop("block_size")  # the vocabulary's
         return values | {"attention_dropout": values.pop("dropout"), "rope_parameters": rope}
+
+    def plain_arguments(self) -> dict[str, Any]:
+        """As keyword arguments of model.build_plain_config: without what blocks need."""
+        return {name: value for name, value in self.arguments().items() if not name.startswith(("block_", "code_", "hide_", "depth_"))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +99,8 @@ class TrainConfig:
     output_dir: str = ""
     seed: int = 0
     steps: int = 2000
-    batch_size: int = 64  # documents a step, over all processes
+    batch_size: int = 64  # documents a step, over all processes; rows where there is a context, pairs where there are preferences
+    context: int = 0  # positions of a row that documents of the mixture are packed into; 0: a document a row, padded
     chunks: int = 3  # most chunks of a document, so up to chunks - 1 past ones
     asked_fraction: float = 0.0  # of the documents, that are two images and questions about them instead of acting
     questions: int = 6  # of such a document
@@ -98,6 +111,7 @@ class TrainConfig:
     recompute_activations: bool = False  # in the backward pass, layer by layer, instead of keeping them: less memory, a third more work
     compile: bool = False  # needs a C++ compiler; about 15 s once, then faster steps
     codes_from_tokenizer: bool = True  # new embeddings of codes begin as the vision tokenizer's code vectors, projected
+    learn_codes: bool = True  # false: they stay so
     init_from: str = ""  # a checkpoint folder whose weights to start from
     lora_rank: int = 0  # of adapters that learn in place of the weights of init_from; 0: all weights learn
     lora_alpha: float = 32.0  # an adapter's output is scaled by lora_alpha / lora_rank
@@ -112,6 +126,8 @@ class TrainConfig:
     model: ModelSizes = field(default_factory=ModelSizes)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)  # ranks that share one model; see docs/scaling.md
 
     RESUMES_WITH: ClassVar[tuple[str, ...]] = ("parallel",)
@@ -137,11 +153,27 @@ class TrainConfig:
             raise ValueError(f"history is {self.history}, expected -1 to {self.chunks - 1} with chunks={self.chunks}")
         if self.batch_size % self.processes:
             raise ValueError(f"batch_size={self.batch_size} is no multiple of processes={self.processes}")
-        self._check_parallel()
         if not 0 <= self.asked_fraction < 1:
             raise ValueError(f"asked_fraction is {self.asked_fraction}, expected at least 0 and below 1")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction is {self.validation_fraction}, expected between 0 and 1")
+        self._check_stage()
+        self._check_parallel()
+
+    def _check_stage(self) -> None:
+        mixed, preferred = bool(self.mixture.shares()), bool(self.preference.pairs)
+        if self.context and not mixed and not preferred:
+            raise ValueError(f"context={self.context} packs documents of a mixture or pairs: give mixture.act=1, say, or preference.pairs")
+        if (mixed or preferred) and not self.context:
+            raise ValueError("documents of a mixture and of pairs are packed into rows: give context, the positions of a row")
+        if mixed and preferred:
+            raise ValueError("preference.pairs and a mixture are two kinds of training; give one of them")
+        if mixed and self.asked_fraction:
+            raise ValueError(f"asked_fraction={self.asked_fraction} is of the acting stream; in a mixture it is mixture.ask")
+        if preferred and not self.init_from:
+            raise ValueError("preferences are learnt against the weights that training starts from: name a checkpoint folder in init_from")
+        if not 0 <= self.context <= self.model.max_position_embeddings:
+            raise ValueError(f"context={self.context}, expected 0 to model.max_position_embeddings={self.model.max_position_embeddings}")
 
     def _check_parallel(self) -> None:
         parallel = self.parallel
@@ -149,8 +181,16 @@ class TrainConfig:
             return
         if self.processes > 1:
             raise ValueError(f"processes={self.processes} hold the whole model each; with parallel.* set parallel.dp instead")
-        if self.lora_rank:
-            raise ValueError(f"lora_rank={self.lora_rank} with parallel.*: adapters learn in processes that hold the whole model")
+        alone = {
+            "lora_rank": self.lora_rank,
+            "preference.pairs": self.preference.pairs,
+            "optimizer.muon_learning_rate": self.optimizer.muon_learning_rate,
+        }
+        for name, value in alone.items():
+            if value:
+                raise ValueError(f"{name}={value} with parallel.*: that is for processes that hold the whole model (processes=...)")
+        if self.context and parallel.cp > 1:
+            raise ValueError(f"context={self.context} with parallel.cp={parallel.cp}: rows of several documents are not shared by position")
         if self.batch_size % (parallel.dp * parallel.fsdp):
             raise ValueError(
                 f"batch_size={self.batch_size} is no multiple of parallel.dp × parallel.fsdp = {parallel.dp} × {parallel.fsdp}"
@@ -190,14 +230,16 @@ def train(config: TrainConfig) -> None:
     console = Console(quiet=not leads)
     ours = team.form(config.parallel)
     source = open_source(config.tokens, config.model.block_size)
-    stream, held_out = source.streams(config)
-    validation = ours.share(held_out.fixed(config.validation_documents))
+    stream, held_out = preference.streams(config, source) if config.preference.pairs else source.streams(config)
 
     dtype = DTYPES[config.precision]
     model = ours.build(lambda: _new_model(config, source), lambda: outline(config, source), source.vocabulary, dtype)
     if config.lora_rank:
         lora.attach(model, config.lora)
     optimizer = ours.optimizer(config.optimizer, dtype)
+    if config.preference.pairs:
+        preference.measure_reference(model, stream, held_out)  # before a saved state replaces the weights that training started from
+    validation = ours.share(held_out.fixed(config.validation_documents))
     step = sharded_state.load(output / "state", optimizer)
     saver = ours.saver(output / "state", config.keep_states)
     output.mkdir(parents=True, exist_ok=True)
@@ -210,15 +252,18 @@ def train(config: TrainConfig) -> None:
             layer.compile(dynamic=True)
     console.print(
         f"{optimizer.size / 1e6:.2f} M parameters; {len(stream)} documents an epoch, "
-        f"{config.steps * config.batch_size / len(stream):.1f} epochs; from step {step} to {config.steps}"
+        f"{stream.epochs(config.steps):.1f} epochs; from step {step} to {config.steps}"
     )
     with _progress(console, disable=not leads) as progress:
         bar = progress.add_task("train", total=config.steps, completed=step, status="")
         running, skipped = Figures.zero(), 0
+        batches = prefetched(lambda number: stream.batch(number, ours.data_rank, ours.data_count), step, config.steps)
         pace.start()
         while step < config.steps:
             model.train()
-            batch = stream.batch(step, ours.data_rank, ours.data_count).to(ours.device)
+            batch, waited_s = next(batches)
+            if isinstance(batch, Batch):
+                batch = batch.to(ours.device)
             rate = config.optimizer.rate(step, config.steps)
             learned, norm, flops = _step(model, optimizer, batch, ours, step, rate, config)
             step += 1
@@ -229,7 +274,7 @@ def train(config: TrainConfig) -> None:
                 _check_skipped(skipped, step, norm, learned, config)
             else:
                 running.add(learned)
-            pace.count(batch, flops)
+            pace.count(batch, flops, waited_s)
 
             if step % config.log_every == 0 or step == config.steps:
                 record = {"step": step} | _rounded(running.over_processes().means())
@@ -241,7 +286,7 @@ def train(config: TrainConfig) -> None:
                 pace.start()
             measured: dict[str, float] = {}
             if step % config.validate_every == 0 or step == config.steps:
-                measured = _validate(model, optimizer, validation, ours)
+                measured = _validate(model, optimizer, validation, ours, config)
                 metrics({"step": step, "validation": measured})
                 console.print(f"step {step} held out: {live_line(measured)}", soft_wrap=True)
                 pace.start()
@@ -257,7 +302,7 @@ def train(config: TrainConfig) -> None:
 def _step(
     model: BlockEmu3ForCausalLM,
     optimizer: FlatAdamW | ShardedAdamW,
-    batch: Batch,
+    batch: Batch | PairBatch,
     ours: team.Replicas,
     step: int,
     rate: float,
@@ -265,8 +310,14 @@ def _step(
 ) -> tuple[Figures, float, float]:
     """One optimiser step. Returns this process's figures, the gradient's norm (see OptimizerConfig.accepts), and the operations it took."""
     torch.manual_seed((config.seed * 1_000_003 + step) * 4_099 + ours.seed)  # dropout
-    documents = range(ours.data_rank, config.batch_size, ours.data_count)
-    chosen = figures_of.choose_blocks(batch, config.loss.vision_loss_fraction, [(config.seed, step, number) for number in documents])
+    if isinstance(batch, PairBatch):
+        optimizer.zero_gradient()
+        loss, learned = preference.losses(model, batch, config.preference)
+        loss.backward()
+        return learned, optimizer.step(step, rate), training_flops(model, batch.batch, len(batch.batch.codes_NC))
+    seeds = figures_of.document_seeds(batch, config.seed, step, ours.data_rank, ours.data_count)
+    chosen = figures_of.choose_blocks(batch, config.loss.vision_loss_fraction, seeds)
+    batch = figures_of.thin_codes(batch, config.loss.vision_loss_fraction, seeds)
     # Counted before the loss, so that each process weighs its sums as if it saw the whole batch.
     tokens = ours.tokens(batch, chosen)
     optimizer.zero_gradient()
@@ -285,36 +336,27 @@ def _check_skipped(skipped: int, step: int, norm: float, learned: Figures, confi
         )
 
 
-def _new_model(config: TrainConfig, source: Source) -> BlockEmu3ForCausalLM:
-    torch.manual_seed(config.seed)
-    model = outline(config, source)
-    if config.init_from:
-        folder = Path(config.init_from) / checkpoint.MODEL
-        model.load_state_dict(checkpoint.load_weights(folder, model.config))
-    elif config.codes_from_tokenizer:
-        vision = source.store.tokenizers().vision
-        model.blocks.start_from_codebook(vision.vectors(torch.arange(vision.codebook_size)))
-    return model
-
-
-def outline(config: TrainConfig, source: Source) -> BlockEmu3ForCausalLM:
-    """The model that a run trains, before its weights."""
-    return BlockEmu3ForCausalLM(build_config(source.vocabulary, **config.model.arguments()))
-
-
 @torch.no_grad()
 def _validate(
-    model: BlockEmu3ForCausalLM, optimizer: FlatAdamW | ShardedAdamW, batches: list[Batch], ours: team.Replicas
+    model: BlockEmu3ForCausalLM,
+    optimizer: FlatAdamW | ShardedAdamW,
+    batches: list[Batch] | list[PairBatch],
+    ours: team.Replicas,
+    config: TrainConfig,
 ) -> dict[str, float]:
     """Means over held-out documents, all their blocks included, with the averaged weights."""
     model.eval()
     sums = Figures.zero()
     with optimizer.averaged():
         for batch in batches:
-            batch = batch.to(ours.device)
-            _, part = ours.losses(batch, torch.arange(len(batch.codes_NC), device=ours.device))
+            if isinstance(batch, PairBatch):
+                part = preference.measured(model, batch, config.preference)
+            else:
+                batch = batch.to(ours.device)
+                _, part = ours.losses(batch, torch.arange(len(batch.codes_NC), device=ours.device))
             sums.add(part)
-    return _rounded(sums.over_processes().means())
+    sums = sums.over_processes()
+    return _rounded(sums.means() | {"loss": sums.total(config.loss)})
 
 
 def _export(
@@ -370,9 +412,11 @@ def _progress(console: Console, disable: bool) -> Progress:
 
 def _merged(averaged: dict[str, torch.Tensor], output: Path, config: TrainConfig, source: Source) -> dict[str, torch.Tensor]:
     """What the policy gets, float32. Adapters are merged into the weights that they adapt, and kept in adapter/ too."""
-    if not config.lora_rank:
+    if not config.lora_rank and config.learn_codes:
         return averaged
     model = _new_model(config, source)  # the weights in use were rounded
+    if not config.lora_rank:
+        return model.state_dict() | averaged
     adapted = lora.attach(model, config.lora)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -15,6 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from emu3_vla.vision_tokenizer.muon import orthogonalise
+
+HEADS = ("lm_head", "head")
 SCHEDULES = ("cosine", "linear", "constant")
 
 
@@ -23,6 +26,7 @@ class OptimizerConfig:
     """AdamW, its schedule, and the exponential moving average of the weights that validation and the policy use."""
 
     learning_rate: float = 1.5e-3  # highest
+    muon_learning_rate: float | None = None  # highest, of the layers' matrices, which then learn by Muon; none: by AdamW as all else
     warmup_steps: int = 100
     schedule: str = "cosine"  # cosine or linear, from the warm-up to the end; or constant, and linear over the last `cooldown` of the run
     cooldown: float = 0.2  # of the run, with schedule=constant
@@ -36,7 +40,7 @@ class OptimizerConfig:
     ema_decay: float = 0.998  # 0: no averaging
 
     def __post_init__(self):
-        for name in ("learning_rate", "gradient_clip", "skip_above"):
+        for name in ("learning_rate", "muon_learning_rate", "gradient_clip", "skip_above"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise ValueError(f"optimizer.{name} is {value}, expected a number above 0")
         if self.schedule not in SCHEDULES:
@@ -80,6 +84,8 @@ class FlatAdamW:
     def __init__(self, model: nn.Module, config: OptimizerConfig, dtype: torch.dtype):
         self.config = config
         decayed, others = split_decayed(model)
+        in_layers = _in_layers(model, decayed) if config.muon_learning_rate else {}
+        decayed = in_layers | decayed  # those first
         self._parameters = [*decayed.values(), *others.values()]
         self.names = [*decayed, *others]
         self.shapes = [tuple(parameter.shape) for parameter in self._parameters]
@@ -96,9 +102,11 @@ class FlatAdamW:
             self._parameters, self._views(self.working), self._views(self.working_gradient), strict=True
         ):
             parameter.data, parameter.grad = weights, gradient
+        first = sum(parameter.numel() for parameter in in_layers.values())
         border = sum(parameter.numel() for parameter in decayed.values())
+        self._muon = Muon(self.master[:first], self.gradient[:first], list(in_layers.values()), config) if in_layers else None
         groups = []
-        for part, decay in ((slice(0, border), config.weight_decay), (slice(border, None), 0.0)):
+        for part, decay in ((slice(first, border), config.weight_decay), (slice(border, None), 0.0)):
             tensor = nn.Parameter(self.master[part])  # shares memory with master
             tensor.grad = self.gradient[part]
             groups.append({"params": [tensor], "weight_decay": decay})
@@ -127,6 +135,8 @@ class FlatAdamW:
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate
         self._adamw.step()
+        if self._muon:
+            self._muon.step(learning_rate / self.config.learning_rate)
         self.average.lerp_(self.master, 1 - self.config.average_decay(step))
         self.working.copy_(self.master)
         return norm
@@ -147,6 +157,8 @@ class FlatAdamW:
     def state(self) -> dict[str, torch.Tensor]:
         """All that a resumed run needs, as named tensors."""
         tensors = {"master": self.master, "average": self.average}
+        if self._muon:
+            tensors["muon.momentum"] = self._muon.momentum
         for number, group in enumerate(self._adamw.param_groups):
             tensors |= {f"adamw.{number}.{key}": value for key, value in self._adamw.state[group["params"][0]].items()}
         return tensors
@@ -158,6 +170,8 @@ class FlatAdamW:
         self.master.copy_(tensors["master"])
         self.average.copy_(tensors["average"])
         self.working.copy_(self.master)
+        if self._muon:
+            self._muon.momentum.copy_(tensors["muon.momentum"])
         for number, group in enumerate(self._adamw.param_groups):
             prefix = f"adamw.{number}."
             moments = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -178,6 +192,44 @@ class FlatAdamW:
     def _views(self, flat: torch.Tensor) -> list[torch.Tensor]:
         sizes = [parameter.numel() for parameter in self._parameters]
         return [part.view(shape) for part, shape in zip(flat.split(sizes), self.shapes, strict=True)]
+
+
+class Muon:
+    """Muon over a flat buffer of matrices: momentum whose singular values are all made one, so that every direction learns equally fast.
+
+    weights, gradient: float32 (p,), views of those of all parameters. Each process orthogonalises a share of the matrices.
+    Source: see vision_tokenizer.muon.
+    """
+
+    MOMENTUM = 0.95
+
+    def __init__(self, weights: torch.Tensor, gradient: torch.Tensor, matrices: list[nn.Parameter], config: OptimizerConfig):
+        self._weights, self._gradient, self._config = weights, gradient, config
+        self._shapes = [tuple(matrix.shape) for matrix in matrices]
+        self.momentum = torch.zeros_like(weights)
+
+    def step(self, fraction: float) -> None:
+        """One update at this fraction of the highest rate; the same in every process."""
+        self.momentum.lerp_(self._gradient, 1 - self.MOMENTUM)
+        direction = self._gradient.lerp(self.momentum, self.MOMENTUM)
+        update = torch.zeros_like(direction)
+        together, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        sizes = [math.prod(shape) for shape in self._shapes]
+        parts = zip(self._shapes, direction.split(sizes), update.split(sizes), strict=True)
+        for number, (shape, matrix, out) in enumerate(parts):
+            if number % together == rank:
+                scale = max(1.0, shape[0] / shape[1]) ** 0.5
+                out.view(shape).copy_(orthogonalise(matrix.view(shape).bfloat16())).mul_(scale)
+        if together > 1:
+            dist.all_reduce(update)
+        rate = self._config.muon_learning_rate * fraction
+        self._weights.mul_(1 - rate * self._config.weight_decay).add_(update, alpha=-rate)
+
+
+def _in_layers(model: nn.Module, decayed: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """The matrices between a hidden state and a hidden state: those of layers and of what merges blocks, not of heads."""
+    heads = {id(module.weight) for name, module in model.named_modules() if name.rpartition(".")[2] in HEADS}
+    return {name: parameter for name, parameter in decayed.items() if parameter.ndim == 2 and id(parameter) not in heads}
 
 
 def split_decayed(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:

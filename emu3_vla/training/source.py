@@ -7,14 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emu3_vla.data.tokens import MANIFEST, TEXT, TokenStore
-from emu3_vla.text import TextTokenizer
-from emu3_vla.training.stream import DocumentStream
-from emu3_vla.vocabulary import CompactVocabulary, ImageGrid
+from emu3_vla.data.tokens import MANIFEST, TEXT, TokenizedEpisode, TokenStore, text_tokenizer
+from emu3_vla.training.kinds import Material
+from emu3_vla.training.mixture import MixtureStream
+from emu3_vla.training.stream import DocumentStream, encoded_wordings
+from emu3_vla.vocabulary import CODEBOOK_SIZE, TEXT_SIZE, CompactVocabulary, Emu3Vocabulary, ImageGrid, Vocabulary, VocabularyError
 from envs.spec import CAMERAS
 
 if TYPE_CHECKING:
     from emu3_vla.training.loop import TrainConfig
+
+
+Stream = DocumentStream | MixtureStream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +26,7 @@ class Source:
     """A finished token store and the vocabulary that follows from it. horizon, action_dim: shape of a chunk."""
 
     store: TokenStore
-    vocabulary: CompactVocabulary
+    vocabulary: Vocabulary
     horizon: int
     action_dim: int
 
@@ -31,9 +35,12 @@ class Source:
         """Holds the tokenizers that belong into a checkpoint."""
         return self.store.path
 
-    def streams(self, config: TrainConfig) -> tuple[DocumentStream, DocumentStream]:
+    def streams(self, config: TrainConfig) -> tuple[Stream, Stream]:
         """Documents to train on, and held-out ones from other shards."""
-        text = TextTokenizer.from_pretrained(self.folder / TEXT)
+        if config.context:
+            train, held_out = (self._mixture(config, episodes) for episodes in self.store.split(config.validation_fraction))
+            return train, held_out
+        text = text_tokenizer(self.folder / TEXT)
         train, held_out = (
             DocumentStream(
                 episodes,
@@ -51,6 +58,19 @@ class Source:
         )
         return train, held_out
 
+    def _mixture(self, config: TrainConfig, episodes: list[TokenizedEpisode]) -> MixtureStream:
+        encode = text_tokenizer(self.folder / TEXT).encode
+        material = Material(
+            episodes=episodes,
+            texts=encoded_wordings(episodes, self.store.metadata["wordings"], encode),
+            vocabulary=self.vocabulary,
+            horizon=self.horizon,
+            chunks=config.chunks,
+            moments=config.mixture.moments,
+            questions=config.questions,
+        )
+        return MixtureStream(material, config.mixture.shares(), context=config.context, rows=config.batch_size, seed=config.seed)
+
     def manifest(self) -> dict[str, Any]:
         """What a checkpoint's provenance says of the store."""
         metadata = self.store.metadata
@@ -61,19 +81,30 @@ class Source:
 def open_source(folder: str, block_size: int) -> Source:
     """Open a token store for training with blocks of block_size × block_size codes.
 
-    Raises what TokenStore.open raises, and VocabularyError where the grids are no multiple of the
-    block size.
+    The vocabulary is Emu3's own where the text tokenizer is.
+    Raises what TokenStore.open raises, and VocabularyError where the grids are no multiple of the block size, or the store mixes Emu3's
+    text tokenizer with another codebook.
     """
     store = TokenStore.open(folder)
-    metadata = store.metadata
-    vocabulary = CompactVocabulary(
+    vocabulary = _vocabulary(store.metadata, block_size)
+    return Source(store=store, vocabulary=vocabulary, horizon=store.metadata["horizon"], action_dim=store.metadata["action_dim"])
+
+
+def _vocabulary(metadata: dict[str, Any], block_size: int) -> Vocabulary:
+    if metadata["text_vocab_size"] == TEXT_SIZE:
+        if metadata["codebook_size"] != CODEBOOK_SIZE or block_size != 1:
+            raise VocabularyError(
+                f"the token store has Emu3's text tokenizer, {metadata['codebook_size']} codes, and model.block_size={block_size}; "
+                f"Emu3's vocabulary has {CODEBOOK_SIZE} codes, one a position: tokenize with its vision tokenizer, use model.block_size=1"
+            )
+        return Emu3Vocabulary(action_size=metadata["action_vocab_size"])
+    return CompactVocabulary(
         text_size=metadata["text_vocab_size"],
         action_size=metadata["action_vocab_size"],
         codebook_size=metadata["codebook_size"],
         images=tuple(_grid(camera, metadata["grids"][camera]) for camera in CAMERAS),
         block_size=block_size,
     )
-    return Source(store=store, vocabulary=vocabulary, horizon=metadata["horizon"], action_dim=metadata["action_dim"])
 
 
 def _grid(camera: str, shape: list[int]) -> ImageGrid:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from emu3_vla.training.sharded import ShardedAdamW
 
 STATE_FILE, STEP_FILE = "state.safetensors", "step.json"
-BEST_BY = "loss_action"
-"""Of the held-out figures: the state with the least of it is the best."""
+BEST_BY = ("loss_preference", "loss_action", "loss")
+"""Of the held-out figures: the state with the least of the first that was measured is the best."""
 
 
 class TrainingStateError(ValueError):
@@ -151,8 +151,10 @@ def states_in(folder: Path) -> list[Saved]:
 
 def best_of(states: list[Saved]) -> Saved | None:
     """The earliest of the states with the least held-out loss; None where nothing was measured."""
-    measured = [state for state in states if BEST_BY in state.held_out]
-    return min(measured, key=lambda state: state.held_out[BEST_BY], default=None)
+    for name in BEST_BY:
+        if measured := [state for state in states if name in state.held_out]:
+            return min(measured, key=lambda state: state.held_out[name])
+    return None
 
 
 def load(folder: Path, optimizer: FlatAdamW) -> int:

@@ -15,7 +15,6 @@ from typing import Protocol
 import numpy as np
 
 from emu3_vla.data.tokens import Asked
-
 from emu3_vla.documents import ActionChunk, Batch, Image, Segment, Text, collate, length_of
 from emu3_vla.vocabulary import CompactVocabulary
 from envs.spec import RGB_GRIPPER, RGB_STATIC
@@ -84,9 +83,9 @@ class DocumentStream:
         self._asked_fraction, self._questions = asked_fraction, questions
         self._episodes, self._vocabulary = episodes, vocabulary
         self._batch_size, self._seed = batch_size, seed
-        self._texts = _encoded_wordings(episodes, wordings, encode)
+        self._texts = encoded_wordings(episodes, wordings, encode)
         self._anchors = [
-            _Anchor(number, frames) for number, episode in enumerate(episodes) for frames in _documents_of(episode, chunks, horizon)
+            _Anchor(number, frames) for number, episode in enumerate(episodes) for frames in documents_of(episode, chunks, horizon)
         ]
         if not self._anchors:
             raise ValueError("the token store's episodes hold no frame at all, so there is nothing to train on")
@@ -95,6 +94,10 @@ class DocumentStream:
     def __len__(self) -> int:
         """Documents in an epoch."""
         return len(self._anchors)
+
+    def epochs(self, steps: int) -> float:
+        """How often so many steps visit every anchor."""
+        return steps * self._batch_size / len(self._anchors)
 
     @property
     def mean_length(self) -> float:
@@ -125,9 +128,10 @@ class DocumentStream:
         """Every document of the batch of `step`."""
         pool, slot = divmod(step, POOL_STEPS)
         first = pool * POOL_STEPS * self._batch_size
-        anchors = self._anchors_between(first, first + POOL_STEPS * self._batch_size)
+        anchors = numbers_between(first, first + POOL_STEPS * self._batch_size, len(self._anchors), (self._seed, 0))
         random = np.random.default_rng((self._seed, 1, pool))
-        draws = [self._draw(int(anchor), float(number), random) for anchor, number in zip(anchors, random.random(len(anchors)), strict=True)]
+        numbers = random.random(len(anchors))
+        draws = [self._draw(int(anchor), float(number), random) for anchor, number in zip(anchors, numbers, strict=True)]
         by_length = np.argsort([self._length(draw) for draw in draws], kind="stable").reshape(POOL_STEPS, self._batch_size)
         row = by_length[random.permutation(POOL_STEPS)[slot]]
         return [draws[index] for index in row]
@@ -154,14 +158,6 @@ class DocumentStream:
     def _texts_of(self, anchor: int) -> list[list[int]]:
         """Text ids of the wordings of an anchor's task."""
         return self._texts[self._episode_of(anchor).task]
-
-    def _anchors_between(self, first: int, last: int) -> np.ndarray:
-        """Anchors numbered first .. last - 1 of the endless sequence of shuffled epochs."""
-        count = len(self._anchors)
-        epochs = range(first // count, (last - 1) // count + 1)
-        shuffled = [np.random.default_rng((self._seed, 0, epoch)).permutation(count) for epoch in epochs]
-        start = first - epochs[0] * count
-        return np.concatenate(shuffled)[start : start + last - first]
 
     def _document(self, draw: _Draw) -> list[Segment]:
         if draw.questions:
@@ -191,8 +187,11 @@ class DocumentStream:
         return segments
 
 
-def _documents_of(episode: TokenizedEpisode, chunks: int, horizon: int) -> list[tuple[int, ...]]:
-    """Frames of the document that starts at each frame: up to `chunks` of them, `horizon` control steps apart."""
+def documents_of(episode: TokenizedEpisode, chunks: int, horizon: int, disturbed: bool = False) -> list[tuple[int, ...]]:
+    """Frames of the document that starts at each frame: up to `chunks` of them, `horizon` control steps apart.
+
+    disturbed: also those of which the demonstrator chose no chunk.
+    """
     frame_of = {int(step): frame for frame, step in enumerate(episode.frame_step)}
     documents = []
     for step, frame in frame_of.items():
@@ -200,14 +199,23 @@ def _documents_of(episode: TokenizedEpisode, chunks: int, horizon: int) -> list[
         while len(frames) < chunks and (step := step + horizon) in frame_of:
             frames.append(frame_of[step])
         # A document without a supervised chunk teaches nothing about acting.
-        if any(episode.chunk_imitate[frame] for frame in frames):
+        if disturbed or any(episode.chunk_imitate[frame] for frame in frames):
             documents.append(tuple(frames))
     return documents
 
 
-def _encoded_wordings(
+def numbers_between(first: int, last: int, count: int, key: tuple[int, ...]) -> np.ndarray:
+    """Entries first .. last - 1 of an endless sequence: 0 .. count - 1 shuffled, and shuffled again, by seeds (*key, epoch)."""
+    epochs = range(first // count, (last - 1) // count + 1)
+    shuffled = [np.random.default_rng((*key, epoch)).permutation(count) for epoch in epochs]
+    start = first - epochs[0] * count
+    return np.concatenate(shuffled)[start : start + last - first]
+
+
+def encoded_wordings(
     episodes: Sequence[TokenizedEpisode], wordings: Mapping[str, Sequence[str]], encode: Callable[[str], Sequence[int]]
 ) -> dict[str, list[Sequence[int]]]:
+    """Ids of the wordings of every task that occurs. Raises ValueError where one has none."""
     texts = {}
     for task in sorted({episode.task for episode in episodes}):
         if not wordings.get(task):

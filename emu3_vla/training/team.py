@@ -63,11 +63,11 @@ class Replicas:
 
     def losses(self, batch: Batch, chosen: torch.Tensor, smoothing: float = 0.0) -> tuple[list[torch.Tensor], Figures]:
         """Summed loss of each kind, with gradient, and the same as figures, of this rank's part. See figures.losses."""
-        return figures_of.losses(self._model, batch, chosen, self._vocabulary, smoothing)
+        return figures_of.losses(self._model, batch, chosen, smoothing)
 
     def tokens(self, batch: Batch, chosen: torch.Tensor) -> torch.Tensor:
         """Supervised tokens of each kind in the whole batch of all ranks: float64 (4,). See figures.count_tokens."""
-        return processes.summed(figures_of.count_tokens(batch, chosen, self._vocabulary)) / self.sharing
+        return processes.summed(figures_of.count_tokens(batch, chosen)) / self.sharing
 
     def optimizer(self, config: OptimizerConfig, dtype: torch.dtype) -> FlatAdamW | ShardedAdamW:
         return FlatAdamW(self._model, config, dtype)
@@ -137,7 +137,7 @@ class Objective(nn.Module):
             self.context.stand_at(part.positions)
             states_PH = self.model.states(part.seen)
             batch, chosen = part.predicted, torch.arange(len(part.predicted.block_at_N), device=chosen.device)
-        sums, figures = figures_of.losses(_Stated(self.model, states_PH), batch, chosen, self._vocabulary, smoothing)
+        sums, figures = figures_of.losses(_Stated(self.model, states_PH), batch, chosen, smoothing)
         if not chosen.numel():  # other ranks may have some, and all gather the depth decoder's weights together
             sums[VISION] = sums[VISION] + self.model.depth(states_PH[:0], batch.codes_NC[:0]).sum()
         return sums, figures
@@ -147,7 +147,7 @@ class _Stated:
     """A model whose states are known, for figures.losses: the batch that it is given there may be another than was seen."""
 
     def __init__(self, model: Emu3ForCausalLM, states_PH: torch.Tensor):
-        self.lm_head, self.depth, self._states_PH = model.lm_head, model.depth, states_PH
+        self.config, self.lm_head, self.depth, self._states_PH = model.config, model.lm_head, model.depth, states_PH
 
     def states(self, batch: Batch) -> torch.Tensor:  # noqa: ARG002
         return self._states_PH

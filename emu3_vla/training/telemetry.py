@@ -12,12 +12,15 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from emu3_vla.documents import IGNORE, Batch
 from emu3_vla.model import BlockEmu3ForCausalLM
+
+if TYPE_CHECKING:
+    from emu3_vla.training.preference import PairBatch
 
 EXTRAS = ("tensorboard", "wandb")
 PEAK_SIDE, PEAK_S = 1024, 0.5  # long enough that a moment without other programs is among it
@@ -27,6 +30,8 @@ SHOWN = {
     "loss_vision": "vision",
     "loss_text": "text",
     "text_accuracy": "right",
+    "loss_preference": "preference",
+    "preferred": "preferred",
     "lr": "lr",
     "chunks_per_s": "chunks/s",
     "positions_per_s": "tokens/s",
@@ -136,13 +141,15 @@ class Pace:
     def start(self) -> None:
         """Forget what was counted."""
         self._began, self._chunks, self._positions, self._steps, self._flops = time.monotonic(), 0, 0, 0, 0.0
+        self._waited_s = 0.0
 
-    def count(self, batch: Batch, flops: float) -> None:
-        """One step of this process: its batch, and the floating-point operations that it took."""
+    def count(self, batch: Batch | PairBatch, flops: float, waited_s: float = 0.0) -> None:
+        """One step of this process: its batch, the floating-point operations that it took, and how long it waited for the batch."""
         self._chunks += batch.chunks * self._processes
         self._positions += batch.positions * self._processes
         self._flops += flops
         self._steps += 1
+        self._waited_s += waited_s
 
     def rates(self) -> dict[str, float]:
         """Since the start, and the most memory that this process ever held."""
@@ -151,6 +158,7 @@ class Pace:
             "chunks_per_s": self._chunks / seconds,
             "positions_per_s": self._positions / seconds,
             "step_s": seconds / max(1, self._steps),
+            "data_wait": self._waited_s / seconds,
             "of_peak": self._flops / seconds / self._peak,
             "memory_gb": peak_memory_bytes() / 2**30,
         }
@@ -160,13 +168,16 @@ class Pace:
 def training_flops(model: BlockEmu3ForCausalLM, batch: Batch, chosen_blocks: int) -> float:
     """Floating-point operations of the matrix products of one step, forward and backward (twice the forward).
 
-    Counts positions that are padding too, as they are computed; not embeddings, norms and activations.
+    Counts positions that are padding too, as they are computed; not embeddings, norms and activations, and no logits computed again.
     """
     rows, length = batch.ids_BL.shape
     positions, layers = rows * length, model.config.num_hidden_layers
-    attention = 2 * 2 * positions * length * model.config.hidden_size * layers  # scores, and values by them
+    squares = positions * length if batch.spans is None else batch.spans.squares
+    attention = 2 * 2 * squares * model.config.hidden_size * layers  # scores, and values by them
     trunk = 2 * positions * _matrix_weights(model.model.layers)
     head = 2 * int((batch.targets_BL != IGNORE).sum()) * _matrix_weights(model.lm_head)
+    if not isinstance(model, BlockEmu3ForCausalLM):
+        return 3.0 * (attention + trunk + head)
     blocks = 2 * len(batch.codes_NC) * _matrix_weights(model.blocks)
     depth = 2 * chosen_blocks * batch.codes_NC.shape[1] * _matrix_weights(model.depth)
     return 3.0 * (attention + trunk + head + blocks + depth)

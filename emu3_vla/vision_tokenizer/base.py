@@ -215,7 +215,7 @@ class VisionTokenizer(nn.Module):
             raise VisionTokenizerError(f"{got}, expected at least one image, H and W multiples of {self.patch}; resize it or use pad()")
         if pixels.ndim == 5 and pixels.shape[1] % self.frames_per_code:
             raise VisionTokenizerError(f"{got}, expected a multiple of {self.frames_per_code} frames; use pad()")
-        low, high = pixels.min().item(), pixels.max().item()
+        low, high = (bound.item() for bound in torch.aminmax(pixels.detach()))
         if not (low >= -1 - RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):  # NaN fails every comparison
             raise VisionTokenizerError(f"pixels lie in [{low:.3g}, {high:.3g}], expected [-1, 1] and no NaN; see images.to_pixels")
 

@@ -50,6 +50,11 @@ def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.mT if tall else matrix
     x = x / (x.norm() + 1e-7)
+    if x.dtype != torch.float32:  # the products of many factors below need more digits
+        for _ in range(ITERATIONS):
+            gram = x @ x.mT
+            x = a * x + (b * gram + c * (gram @ gram)) @ x
+        return x.mT if tall else x
     gram, product = x @ x.mT, torch.eye(len(x), dtype=x.dtype, device=x.device)
     for _ in range(ITERATIONS):
         factor = b * gram + c * (gram @ gram)

@@ -71,7 +71,8 @@ class Questions:
         arm_states = [(np.zeros(15), np.zeros(24))]
         asked = [text for state in arm_states for pair in Questions("D").about(*state) for text in pair]
         places = [f"the {color} block is {place}, " for color in COLORS for place in (*PLACES.values(), "in the hand")]
-        return [*numbers, *yaws, *asked, *places, "yes.", "no.", "nothing.", *(f"the {color} block." for color in COLORS), "left.", "right."]
+        others = ["yes.", "no.", "nothing.", "left.", "right.", *(f"the {color} block." for color in COLORS)]
+        return [*numbers, *yaws, *asked, *places, *others]
 
     def _look(self, robot_obs: np.ndarray, scene_obs: np.ndarray) -> Arm:
         self._arm.forget()

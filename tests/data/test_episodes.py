@@ -1,5 +1,6 @@
 """Episode store: exact round trips, atomic shards, and named errors for what is missing, foreign or damaged."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -60,6 +61,53 @@ def test_shard_of_zero_images_and_no_frames_round_trips(tmp_path):
     assert_same(blank, store.read_shard(0)[0])
     store.write_shard(1, [make_episode(2, every=0)])
     assert store.read_shard(1)[0].rgb_static.shape == (0, 200, 200, 3)
+
+
+def test_recordings_of_real_arms_lack_the_scene_and_bring_more(tmp_path):
+    real = [
+        dataclasses.replace(
+            make_episode(seed), scene_obs=None, extra={"force": np.arange(23.0) + seed, "state": np.ones((23, 2), np.int32)}
+        )
+        for seed in range(2)
+    ]
+    store = EpisodeStore.create(tmp_path, {})
+    store.write_shard(0, real)
+    assert store.step_arrays(0) == (["actions", "robot_obs", "imitate"], ["force", "state"])
+    for left, right in zip(real, store.read_shard(0), strict=True):
+        assert right.scene_obs is None and list(right.extra) == ["force", "state"]
+        assert all(np.array_equal(left.extra[name], right.extra[name]) for name in left.extra)
+        assert right.extra["state"].dtype == np.int32 and np.array_equal(left.actions, right.actions)
+    with pytest.raises(EpisodeStoreError, match="has no scene_obs: its recordings know nothing"):
+        store.read_columns(0, ["scene_obs"])
+    with pytest.raises(ValueError, match="not the same arrays .* write them into different stores"):
+        store.write_shard(1, [real[0], make_episode(1)])
+    with pytest.raises(ValueError, match="extra 'a/b': a name must not be empty or contain '/'"):
+        store.write_shard(1, [dataclasses.replace(real[0], extra={"a/b": np.zeros(23)})])
+    with pytest.raises(ValueError, match="extra 'force' is float64 with 22 rows, expected 23"):
+        dataclasses.replace(real[0], extra={"force": np.zeros(22)})
+
+
+def test_frames_may_come_in_blocks_and_lie_in_several_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("emu3_vla.data.episodes.FRAMES_PER_FILE", 16)
+    episode = make_episode(0, steps=43, every=1)
+    held, streamed = (EpisodeStore.create(tmp_path / name, {}) for name in ("held", "streamed"))
+    held.write_shard(0, [episode])
+    counted = dataclasses.replace(
+        episode, **{name: np.broadcast_to(np.uint8(0), getattr(episode, name).shape) for name in ("rgb_static", "rgb_gripper")}
+    )
+    streamed.write_shard(
+        0, [counted], frames={name: np.split(getattr(episode, name), [5, 5, 30]) for name in ("rgb_static", "rgb_gripper")}
+    )
+    assert_same(episode, streamed.read_shard(0)[0])
+    files = [path.relative_to(held.path) for path in sorted(held.path.rglob("*")) if path.is_file()]
+    assert len([file for file in files if "rgb_static/c" in str(file)]) == 3
+    assert all((held.path / file).read_bytes() == (streamed.path / file).read_bytes() for file in files)
+    assert np.array_equal(held.read_frames("rgb_static", 0, slice(30, 40)), episode.rgb_static[30:40])
+    (held.shard_path(0) / "rgb_static/c/1/0/0/0").unlink()
+    with pytest.raises(EpisodeStoreError, match="no data file 1 of rgb_static"):
+        held.read_shard(0)
+    with pytest.raises(ValueError, match="the blocks hold 42 rows, expected 43"):
+        streamed.write_shard(1, [counted], frames={name: [getattr(episode, name)[:42]] for name in ("rgb_static", "rgb_gripper")})
 
 
 def test_totals_and_frames_without_episodes(store):

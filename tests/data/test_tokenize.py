@@ -117,6 +117,15 @@ def test_two_workers_and_a_resumed_run_give_the_same_store(folder, tokens):
             assert path.read_bytes() == (folder / "parallel" / path.relative_to(tokens.path)).read_bytes(), path.name
 
 
+def test_without_wordings_a_task_is_what_its_episodes_were_told(folder, tmp_path):
+    store = EpisodeStore.create(tmp_path / "told", {"wordings": {"open_drawer": ["open it"]}})
+    told = [dataclasses.replace(make_episode(2 * seed, 23), instruction=f"shut it, {seed}") for seed in (0, 1, 0)]
+    store.write_shard(0, [*told, make_episode(1, 23)])
+    main(dataclasses.replace(config_for(folder, "x"), episodes=str(store.path), output_dir=str(tmp_path / "out")))
+    wordings = TokenStore.open(tmp_path / "out").metadata["wordings"]
+    assert wordings == {"open_drawer": ["open it"], "close_drawer": ["shut it, 0", "shut it, 1"]}
+
+
 def test_split_is_by_whole_shards(tokens):
     train, held_out = tokens.split(0.3)
     assert {episode.shard for episode in held_out} == {1} and {episode.shard for episode in train} == {0, 2}
@@ -235,8 +244,8 @@ def test_errors_are_named(folder, tokens, tmp_path):
     with pytest.raises(FileNotFoundError, match="vision_tokenizer=.*nowhere does not exist"):
         main(dataclasses.replace(config_for(folder, "x"), vision_tokenizer=str(tmp_path / "nowhere")))
     store = EpisodeStore.create(tmp_path / "mute", {})
-    store.write_shard(0, [make_episode(0, 23)])
-    with pytest.raises(ValueError, match="no wordings .* give text_tokenizer="):
+    store.write_shard(0, [dataclasses.replace(make_episode(0, 23), instruction=" ")])
+    with pytest.raises(ValueError, match="episode 0 has no instruction, and the store has no wordings of its task 'close_drawer'"):
         main(dataclasses.replace(config_for(folder, "y"), episodes=str(store.path)))
     shutil.copytree(tokens.path, tmp_path / "old")
     manifest = json.loads((tmp_path / "old" / "tokens.json").read_text())

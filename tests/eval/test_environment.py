@@ -14,7 +14,7 @@ HAS_ORIGINAL = importlib.util.find_spec("calvin_env") is not None
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("env.simulator=calvin-env", "env.simulator=calvin-env is not one of emu3-vla, calvin_env; did you mean 'calvin_env'"),
+        ("env.simulator=calvin-env", "env.simulator=calvin-env is not one of emu3-vla, calvin_env, robot; did you mean 'calvin_env'"),
         ("env.renderer=tinny", "env.renderer=tinny is not one of tiny, egl; did you mean 'tiny'"),
     ],
 )

@@ -29,7 +29,7 @@ from emu3_vla.training.optimizer import FlatAdamW
 from emu3_vla.training.parallel import ParallelConfig
 from emu3_vla.training.source import open_source
 
-TIMINGS = ("chunks_per_s", "positions_per_s", "step_s", "of_peak", "memory_gb")
+TIMINGS = ("chunks_per_s", "positions_per_s", "step_s", "data_wait", "of_peak", "memory_gb")
 
 
 def _config(store, folder: Path, **options) -> TrainConfig:

@@ -79,3 +79,35 @@ def test_nan_changes_nothing():
     (_loss(model) * torch.nan).backward()
     assert not torch.isfinite(torch.tensor(flat.step(0, 0.01)))
     assert torch.equal(flat.master, before)
+
+
+def test_muon_moves_matrices_of_layers_by_orthogonal_steps_and_leaves_heads_to_adamw():
+    config = OptimizerConfig(learning_rate=0.01, muon_learning_rate=0.1, weight_decay=0.0, gradient_clip=100.0, ema_decay=0.0)
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 8), "layer": nn.Linear(8, 8, bias=False), "head": nn.Linear(8, 3, bias=False)})
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    flat = FlatAdamW(model, config, torch.float32)
+    flat.zero_gradient()
+    model["head"](model["layer"](model["embed"](torch.arange(5)))).pow(3).sum().backward()
+    flat.step(0, 0.005)  # half of the highest rate
+    moved = {name: before[name] - parameter.detach() for name, parameter in model.named_parameters()}
+    turned = torch.linalg.svdvals(moved["layer.weight"]) / 0.05
+    rank = 3  # of what the head lets through
+    assert (turned[:rank] > 0.6).all() and (turned[:rank] < 1.3).all()
+    assert moved["head.weight"].abs().max() <= 0.005 * 1.001, "AdamW's first step is the rate itself"
+
+
+def test_muon_goes_on_from_its_state():
+    config = OptimizerConfig(learning_rate=0.01, muon_learning_rate=0.02, gradient_clip=0.5)
+    unbroken, model = _model(), _model()
+    whole, flat = FlatAdamW(unbroken, config, torch.float32), FlatAdamW(model, config, torch.float32)
+    for step in range(6):
+        if step == 3:  # the same weights and state in a new optimiser
+            model = _model()
+            state = flat.state()
+            flat = FlatAdamW(model, config, torch.float32)
+            flat.load_state({name: tensor.clone() for name, tensor in state.items()})
+        for optimizer, of in ((whole, unbroken), (flat, model)):
+            optimizer.zero_gradient()
+            _loss(of).backward()
+            optimizer.step(step, 0.01)
+    assert torch.equal(whole.master, flat.master)

@@ -25,7 +25,7 @@ def test_flops_are_those_that_torch_counts(tiny_store):
     batch = source.streams(config)[0].batch(0)
     chosen = torch.arange(len(batch.codes_NC) // 2)
     with FlopCounterMode(display=False) as counter:
-        sums, _ = figures.losses(model, batch, chosen, source.vocabulary)
+        sums, _ = figures.losses(model, batch, chosen)
         torch.stack(sums).sum().backward()
     # Attention within blocks is left out, and the first layer has no gradient to pass further down.
     assert telemetry.training_flops(model, batch, len(chosen)) == pytest.approx(counter.get_total_flops(), rel=0.05)

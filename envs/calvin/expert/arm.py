@@ -207,7 +207,8 @@ class Arm:
     ) -> Actions:
         """Move the target to a pose, at most `speed` units an axis a step, then wait until the tool is there (or `hold` steps).
 
-        brake: slow down towards the end, where acceleration is finite. Raises Interrupted when `provided` stops being true, or when the tool does not follow.
+        brake: slow down towards the end, where acceleration is finite. Raises Interrupted when `provided` stops being true, or when the
+        tool does not follow.
         """
         x, y, z = map(float, position)
         roll, pitch, yaw = map(float, self.target[3:] if euler is None else euler)

@@ -62,6 +62,10 @@ class ExpertPolicy:
         self.arm.executed(action)
         self.plan = None
 
+    def altered(self, action: np.ndarray, given: np.ndarray) -> None:
+        """Account for an action (7,) of this policy of which the arm was given something else; the plan goes on from there."""
+        self.arm.executed(np.r_[(given - action)[:-1], given[-1]])
+
     def sense(self, observation: dict[str, np.ndarray]) -> None:
         """Take in robot_obs (15,) and scene_obs (24,)."""
         self.arm.sense(observation)

@@ -1,0 +1,64 @@
+"""Time of one control decision, from two images to an action chunk, with its split.
+
+    OMP_NUM_THREADS=1 python benchmarks/decision.py
+    OMP_NUM_THREADS=1 python benchmarks/decision.py --policy <folder> --decisions 300
+
+The policy acts in the simulator from the official chains' first states, 20 decisions a start, so that what it sees and writes is what it
+meets in an evaluation; one thread. "wall" is what the arm waits. "processor" is what the decision costs where other programs keep the
+cores busy, and what to compare between machines; the split is wall time. The bars, on one idle core: p50 60 ms, p99 120 ms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+
+import numpy as np
+
+import policies
+from envs.calvin import CalvinEnv
+from envs.spec import ROBOT_OBS, SCENE_OBS
+from eval.protocol import load_instructions, select_chains
+from eval.sequences import initial_state
+
+DECISIONS_A_START = 20
+
+
+def decide(policy, decisions: int) -> dict[str, np.ndarray]:
+    """Milliseconds of each decision: wall, processor, and the stages that the policy names."""
+    env, instructions, rows = CalvinEnv(scene="D", observe="on_demand"), load_instructions(), []
+    for _, (state, tasks) in select_chains(-(-decisions // DECISIONS_A_START)):
+        robot_obs, scene_obs = initial_state(state)
+        env.reset(options={ROBOT_OBS: robot_obs, SCENE_OBS: scene_obs})
+        policy.reset(instructions[tasks[0]])
+        for _ in range(DECISIONS_A_START):
+            observation = env.observe()
+            wall, processor = time.perf_counter(), time.process_time()
+            answer = policy.infer(observation)
+            row = {"wall": time.perf_counter() - wall, "processor": time.process_time() - processor} | answer["timing_s"]
+            rows.append(row | {"ids": len(answer["token_ids"]) / 1e3})
+            for action in answer["actions"]:
+                env.step(action)
+    env.close()
+    return {name: np.array([row[name] for row in rows]) * 1e3 for name in rows[0]}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--policy", default=policies.SHIPPED)
+    parser.add_argument("--decisions", type=int, default=100)
+    arguments = parser.parse_args()
+    policy = policies.load(arguments.policy)
+    decide(policy, DECISIONS_A_START)  # the first decisions of a process prepare kernels and memory
+    figures = decide(policy, arguments.decisions)
+    print(f"{arguments.policy}: {len(figures['wall'])} decisions, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; milliseconds")
+    print(f"{'':12}{'least':>8}{'p50':>8}{'p99':>8}")
+    for name, values in figures.items():
+        least, half, most = np.percentile(values, [0, 50, 99])
+        print(f"{name:12}{least:8.1f}{half:8.1f}{most:8.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Speed of decoding against Transformers' generate(): same weights, one thread, ratios in one run.
+
+    OMP_NUM_THREADS=1 python benchmarks/decoding.py
+    OMP_NUM_THREADS=1 python benchmarks/decoding.py --dtype bfloat16 --repeats 5
+
+A random decoder of 15 M parameters, batch 1. Every way must write the same ids, or the run fails. Processor time; the ways take turns, and
+the least of each counts, so that other programs disturb little (what they take of the memory's bandwidth, they take from all).
+
+token      16 ids behind a prompt of 200, the prompt's own time taken off: milliseconds an id
+chunk      an action chunk of 16 ids behind a prompt of 200 whose last 8 ids are new since the chunk before, as a control step's are.
+           Transformers computes all of it; ours keeps what did not change, guesses from the chunks before, and verifies 8 guesses a pass
+image      256 codes and the ends of their rows, with guidance. Transformers runs the null prompt beside the prompt, ours both in one pass
+
+How many guesses are right depends on the weights, and random ones repeat themselves more than a trained policy does: "passes" says how
+many passes there were through the trunk, and "one at a time" is the time without guesses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+
+import torch
+from transformers import Emu3ForCausalLM, Emu3TextConfig
+
+from emu3_vla.generation.drafts import NGrams, above
+from emu3_vla.generation.engine import Engine, EngineConfig
+from emu3_vla.generation.grammar import Builder, Grammar, Ids
+from emu3_vla.generation.pieces import free
+from emu3_vla.generation.requests import Parallel, Request, Result
+from emu3_vla.generation.sampling import Guidance
+from emu3_vla.generation.transformers_engine import TransformersEngine
+
+IDS, CODES, CAPACITY = 2048, Ids(1024, 2048), 768
+PROMPT, CHUNK, NEW = 200, 16, 8
+SIDE, END_OF_ROW = 16, 5
+
+
+def decoder(dtype: torch.dtype) -> Emu3ForCausalLM:
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=6, num_key_value_heads=6)
+    ids = dict(vocab_size=IDS, max_position_embeddings=2048, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    return Emu3ForCausalLM(Emu3TextConfig(**sizes, **ids)).eval().to(dtype)
+
+
+def prompts(count: int) -> list[list[int]]:
+    """Each as the one before, but for its last ids."""
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.randint(3, IDS, (PROMPT - NEW + count * NEW,), generator=generator).tolist()
+    return [drawn[: PROMPT - NEW] + drawn[PROMPT - NEW + at * NEW :][:NEW] for at in range(count)]
+
+
+def picture(builder: Builder, state: int) -> int:
+    """Rows of codes, each with its end."""
+    for _ in range(SIDE):
+        for _ in range(SIDE):
+            state = builder.after(state, CODES)
+        state = builder.after(state, Ids(END_OF_ROW, END_OF_ROW + 1))
+    return state
+
+
+class Ways:
+    """Ways to answer the same requests. Each call returns the answer; `fresh` forgets what the engine holds."""
+
+    def __init__(self, dtype: torch.dtype):
+        model = decoder(dtype)
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.reference = TransformersEngine(model, capacity=CAPACITY)
+        self.ours = Engine(model, config=EngineConfig(rows=2, capacity=CAPACITY))
+
+    def theirs(self, **request) -> Result:
+        return self.reference.generate([Request(**request)])[0]
+
+    def own(self, fresh: bool = True, **request) -> Result:
+        if fresh:
+            for lane in self.ours._lanes:
+                lane.keep(0)
+        return self.ours.generate([Request(**request)])[0]
+
+
+def in_turn(ways: dict[str, Callable[[], Result]], repeats: int) -> tuple[dict[str, float], dict[str, Result]]:
+    """Least milliseconds of each way, and its answer."""
+    answers = {name: way() for name, way in ways.items()}
+    least = dict.fromkeys(ways, float("inf"))
+    for _ in range(repeats):
+        for name, way in ways.items():
+            began = time.process_time()
+            answers[name] = way()
+            least[name] = min(least[name], (time.process_time() - began) * 1e3)
+    return least, answers
+
+
+def token(ways: Ways, repeats: int) -> None:
+    prompt = prompts(1)[0]
+    ids, one = dict(prompt=prompt, longest=CHUNK), dict(prompt=prompt, longest=1)
+    least, answers = in_turn(
+        {
+            "theirs": lambda: ways.theirs(**ids),
+            "theirs 1": lambda: ways.theirs(**one),
+            "ours": lambda: ways.own(**ids),
+            "ours 1": lambda: ways.own(**one),
+        },
+        repeats,
+    )
+    assert answers["theirs"].ids == answers["ours"].ids
+    each = {name: (least[name] - least[f"{name} 1"]) / (CHUNK - 1) for name in ("theirs", "ours")}
+    report("token", each["theirs"], {"ours": each["ours"]})
+    report("prompt", least["theirs 1"], {"ours": least["ours 1"]})
+
+
+def chunk(ways: Ways, repeats: int) -> None:
+    """Control steps in a row; the time of one is the least of the last, when chunks before are known."""
+    steps, end = prompts(2 + repeats), Grammar(free(IDS))
+    known, least, passes = NGrams(2), {"theirs": float("inf"), "one at a time": float("inf"), "parallel": float("inf")}, 0
+    parallel = Parallel(window=8, draft=known)
+    calls = {
+        "theirs": lambda prompt: ways.theirs(prompt=prompt, grammar=end, longest=CHUNK),
+        "one at a time": lambda prompt: ways.own(fresh=False, prompt=prompt, grammar=end, longest=CHUNK),
+        "parallel": lambda prompt: ways.own(fresh=False, prompt=prompt, grammar=end, longest=CHUNK, parallel=parallel),
+    }
+    for number, prompt in enumerate(steps):
+        answers = {}
+        for name, call in calls.items():
+            # Each of our two ways finds the cache as the step before has left it: the common beginning, and another end.
+            ways.own(fresh=False, prompt=prompt[: PROMPT - NEW] + [3] * NEW, longest=1)
+            began = time.process_time()
+            answers[name] = call(prompt)
+            if number > 1:
+                least[name] = min(least[name], (time.process_time() - began) * 1e3)
+        assert len({tuple(answer.ids) for answer in answers.values()}) == 1
+        known.add(answers["theirs"].ids)
+        passes = answers["parallel"].forwards
+    report("chunk", least.pop("theirs"), least, f"{passes} passes for {CHUNK} ids")
+
+
+def image(ways: Ways, repeats: int) -> None:
+    prompt, grammar = prompts(1)[0][:24], Grammar(picture)
+    request = dict(prompt=prompt, negative=prompt[:4], guidance=Guidance(scale=3.0), grammar=grammar)
+    parallel = Parallel(window=16, draft=above(SIDE + 1))
+    least, answers = in_turn(
+        {
+            "theirs": lambda: ways.theirs(**request),
+            "one at a time": lambda: ways.own(**request),
+            "parallel": lambda: ways.own(**request, parallel=parallel),
+        },
+        repeats,
+    )
+    assert len({tuple(answer.ids) for answer in answers.values()}) == 1
+    report("image", least.pop("theirs"), least, f"{answers['parallel'].forwards} passes for {len(answers['parallel'].ids)} ids")
+
+
+def report(what: str, theirs: float, ours: dict[str, float], note: str = "") -> None:
+    each = [f"{name} {ms:8.2f} ms, {theirs / ms:5.1f}×" for name, ms in ours.items()]
+    print(f"{what:8} transformers {theirs:9.2f} ms", *each, note, sep="   ", flush=True)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    ways = Ways(getattr(torch, arguments.dtype))
+    print(f"{ways.parameters / 1e6:.1f} M parameters, {arguments.dtype}, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+    token(ways, arguments.repeats)
+    chunk(ways, arguments.repeats)
+    image(ways, max(1, arguments.repeats // 3))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Kinds of documents that one episode store teaches, each made from an anchor: an episode and some of its frames.
+
+    text        instruction, and what there is to see
+    draw        what there is to see, then both images            (caption → image)
+    describe    both images, then what there is to see            (image → caption)
+    film        instruction, then one camera's frames in time, without actions
+    world       instruction, images, actions, the images after them, actions, ...   (the future is what is predicted)
+    ask         both images, questions and answers
+    act         instruction, images, actions, ...                 (the policy's documents)
+    interleave  instruction, then moments in order: what there is to see, and its picture
+
+What there is to see is the answer to the first question that the token store holds about a frame; see emu3_vla.data.tokenize.Questioner.
+Texts, images and actions are supervised unless they are given when the model works; a stage's loss says which kinds of tokens count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from emu3_vla.documents import ActionChunk, End, Image, Segment, Text, Video
+from emu3_vla.training.stream import TokenizedEpisode, documents_of
+from emu3_vla.vocabulary import Emu3Vocabulary, Vocabulary
+from envs.spec import RGB_GRIPPER, RGB_STATIC
+
+CAPTION = 0
+"""Number of the question whose answer describes a frame."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """What documents are made of.
+
+    texts: ids of each task's wordings. horizon: control steps of a chunk. chunks, moments, questions: most of each in a document.
+    """
+
+    episodes: Sequence[TokenizedEpisode]
+    texts: Mapping[str, Sequence[Sequence[int]]]
+    vocabulary: Vocabulary
+    horizon: int
+    chunks: int
+    moments: int
+    questions: int
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """What a document is about: numbers of an episode and of some of its frames."""
+
+    episode: int
+    frames: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """frames: of each document that an episode can give. write: a document. needs_questions: whether frames must have some."""
+
+    frames: Callable[[Material, TokenizedEpisode], list[tuple[int, ...]]]
+    write: Callable[[Material, TokenizedEpisode, tuple[int, ...], np.random.Generator], list[Segment]]
+    needs_questions: bool = False
+
+
+def anchors_of(name: str, material: Material) -> list[Anchor]:
+    """Every anchor of documents of this kind. Raises ValueError where the token store cannot give any, saying what it lacks."""
+    kind = KINDS[name]
+    if kind.needs_questions and not all(episode.asked for episode in material.episodes):
+        raise ValueError(
+            f"mixture.{name} needs questions about the frames, and the token store holds none; tokenize with questions=module:Class"
+        )
+    anchors = [Anchor(number, frames) for number, episode in enumerate(material.episodes) for frames in kind.frames(material, episode)]
+    if not anchors:
+        raise ValueError(f"mixture.{name}: none of the {len(material.episodes)} episodes gives such a document; they are too short for it")
+    return anchors
+
+
+def write(name: str, material: Material, anchor: Anchor, random: np.random.Generator) -> list[Segment]:
+    """The document of this kind at an anchor. random: decides on wordings and questions."""
+    return KINDS[name].write(material, material.episodes[anchor.episode], anchor.frames, random)
+
+
+def _each_frame(material: Material, episode: TokenizedEpisode) -> list[tuple[int, ...]]:
+    return [(frame,) for frame in range(len(episode.frame_step))]
+
+
+def _runs(material: Material, episode: TokenizedEpisode) -> list[tuple[int, ...]]:
+    """Neighbouring frames, up to `moments`, from each frame on that has a neighbour."""
+    count = len(episode.frame_step)
+    return [tuple(range(first, min(first + material.moments, count))) for first in range(count - 1)]
+
+
+def _spread(material: Material, episode: TokenizedEpisode) -> list[tuple[int, ...]]:
+    """Frames from each one on to the last, evenly apart."""
+    last = len(episode.frame_step) - 1
+    spread = [np.unique(np.linspace(first, last, material.moments).round().astype(int)) for first in range(last)]
+    return [tuple(frames.tolist()) for frames in spread]
+
+
+def _acted(material: Material, episode: TokenizedEpisode) -> list[tuple[int, ...]]:
+    return documents_of(episode, material.chunks, material.horizon)
+
+
+def _consequences(material: Material, episode: TokenizedEpisode) -> list[tuple[int, ...]]:
+    """Frames a chunk apart, disturbed or not: what happens is true of both."""
+    frames = documents_of(episode, material.chunks, material.horizon, disturbed=True)
+    return [each for each in frames if len(each) > 1]
+
+
+def _text(material: Material, episode: TokenizedEpisode, frames: tuple[int, ...], random: np.random.Generator) -> list[Segment]:
+    caption = [_caption(episode, frames[0])] if episode.asked else []
+    return [_instruction(material, episode, random), *caption, End()]
+
+
+def _draw(material: Material, episode: TokenizedEpisode, frames: tuple[int, ...], random: np.random.Generator) -> list[Segment]:
+    return [_caption(episode, frames[0]), *_images(episode, frames[0]), End()]
+
+
+def _describe(material: Material, episode: TokenizedEpisode, frames: tuple[int, ...], random: np.random.Generator) -> list[Segment]:
+    return [*_images(episode, frames[0]), _caption(episode, frames[0]), End()]
+
+
+def _film(material: Material, episode: TokenizedEpisode, frames: tuple[int, ...], random: np.random.Generator) -> list[Segment]:
+    codes = episode.static_codes[list(frames)]
+    if isinstance(material.vocabulary, Emu3Vocabulary):
+        shown: list[Segment] = [Video(codes)]
+    else:
+        shown = [Image(RGB_STATIC, frame) for frame in codes]
+    return [_instruction(material, episode, random), *shown, End()]
+
+
+def _world(material: Material, episode: TokenizedEpisode, frames: tuple[int, ...], random: np.random.Generator) -> list[Segment]:
+    document = [_instruction(material, episode, random, supervised=False), *_images(episode, frames[0], supervised=False)]
+    for before, after in zip(frames, frames[1:], strict=False):
+        document += [ActionChunk(episode.action_ids[before], supervised=False), *_images(episode, after)]
+    return [*document, End()]
+
+
+def _ask(material: Material, episode: TokenizedEpisode, frames: tuple[int, ...], random: np.random.Generator) -> list[Segment]:
+    document: list[Segment] = _images(episode, frames[0], supervised=False)
+    for question in random.permutation(episode.asked.lengths_FQ2.shape[1])[: material.questions]:
+        asked, answer = episode.asked.pair(frames[0], int(question))
+        document += [Text(asked, supervised=False), Text(answer)]
+    return document
+
+
+def _act(material: Material, episode: TokenizedEpisode, frames: tuple[int, ...], random: np.random.Generator) -> list[Segment]:
+    document = [_instruction(material, episode, random, supervised=False)]
+    for frame in frames:
+        chunk = ActionChunk(episode.action_ids[frame], supervised=bool(episode.chunk_imitate[frame]))
+        document += [*_images(episode, frame), chunk]
+    return document
+
+
+def _interleave(material: Material, episode: TokenizedEpisode, frames: tuple[int, ...], random: np.random.Generator) -> list[Segment]:
+    moments = [part for frame in frames for part in (_caption(episode, frame), Image(RGB_STATIC, episode.static_codes[frame]))]
+    return [_instruction(material, episode, random), *moments, End()]
+
+
+def _instruction(material: Material, episode: TokenizedEpisode, random: np.random.Generator, supervised: bool = True) -> Text:
+    wordings = material.texts[episode.task]
+    return Text(wordings[random.integers(len(wordings))], supervised=supervised)
+
+
+def _caption(episode: TokenizedEpisode, frame: int) -> Text:
+    return Text(episode.asked.pair(frame, CAPTION)[1])
+
+
+def _images(episode: TokenizedEpisode, frame: int, supervised: bool = True) -> list[Segment]:
+    static, gripper = episode.static_codes[frame], episode.gripper_codes[frame]
+    return [Image(RGB_STATIC, static, supervised=supervised), Image(RGB_GRIPPER, gripper, supervised=supervised)]
+
+
+KINDS: dict[str, Kind] = {
+    "text": Kind(_each_frame, _text),
+    "draw": Kind(_each_frame, _draw, needs_questions=True),
+    "describe": Kind(_each_frame, _describe, needs_questions=True),
+    "film": Kind(_runs, _film),
+    "world": Kind(_consequences, _world),
+    "ask": Kind(_each_frame, _ask, needs_questions=True),
+    "act": Kind(_acted, _act),
+    "interleave": Kind(_spread, _interleave, needs_questions=True),
+}

@@ -1,0 +1,151 @@
+"""Weights to start from: they must belong to the token store; larger images get stretched places; Emu3's own vocabulary trains too."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import small_emu3
+import tiny_tokens
+import torch
+from transformers import Emu3ForCausalLM
+
+from emu3_vla import checkpoint
+from emu3_vla.checkpoint import load
+from emu3_vla.data.tokens import ACTION, NORMALIZER, TEXT, VISION, TokenizedEpisode, TokenStore
+from emu3_vla.documents import IGNORE, Image, Text, pack
+from emu3_vla.emu3_text import Emu3TextTokenizer
+from emu3_vla.model import PlainEmu3ForCausalLM
+from emu3_vla.training import figures, initial
+from emu3_vla.training.figures import LossConfig
+from emu3_vla.training.initial import ForeignTokens, stretched_places
+from emu3_vla.training.loop import ModelSizes
+from emu3_vla.training.mixture import MixtureConfig
+from emu3_vla.training.prefetch import prefetched
+from emu3_vla.training.source import open_source
+from emu3_vla.vision_tokenizer.light import LightConfig, LightTokenizer
+from emu3_vla.vocabulary import CODEBOOK_SIZE, CompactVocabulary, Emu3Vocabulary, ImageGrid, VocabularyError
+from envs.spec import RGB_GRIPPER, RGB_STATIC
+
+
+def _store_with(store: TokenStore, folder, sizes: dict[str, int], seed: int = 0) -> TokenStore:
+    """The manifest and tokenizers of a store of images of other sizes, without shards."""
+    for name in (TEXT, ACTION):
+        shutil.copytree(store.path / name, folder / name)
+    shutil.copyfile(store.path / NORMALIZER, folder / NORMALIZER)
+    torch.manual_seed(seed)
+    config = LightConfig(codebook_size=32, channels=(8, 8), encoder_blocks=(0, 0), decoder_blocks=(0, 0), image_sizes=sizes)
+    LightTokenizer(config).eval().save_pretrained(folder / VISION)
+    grids = {camera: [size // 8, size // 8] for camera, size in sizes.items()}
+    return TokenStore.create(folder, {name: value for name, value in store.metadata.items() if name != "hashes"} | {"grids": grids})
+
+
+def test_another_tokenizers_store_is_refused(tiny_store, tiny_checkpoint, tmp_path):
+    _store_with(tiny_store, tmp_path / "same", {RGB_STATIC: 128, RGB_GRIPPER: 96})
+    config = tiny_tokens.config(tmp_path / "same", tmp_path / "run", init_from=str(tiny_checkpoint))
+    initial.new_model(config, open_source(config.tokens, 4))  # the same weights of the vision tokenizer: it belongs
+    _store_with(tiny_store, tmp_path / "other", {RGB_STATIC: 128, RGB_GRIPPER: 96}, seed=1)
+    with pytest.raises(ForeignTokens, match="with another vision_tokenizer .* tokenize with the checkpoint's own: vision_tokenizer="):
+        initial.new_model(config, open_source(str(tmp_path / "other"), 4))
+    with pytest.raises(ForeignTokens, match="was trained with the vocabulary .*block_size=4.*, the token store .* has .*block_size=2"):
+        initial.new_model(config, open_source(config.tokens, 2))
+
+
+def test_places_of_larger_images_are_stretched(tiny_store, tiny_checkpoint, tmp_path):
+    store = _store_with(tiny_store, tmp_path / "larger", {RGB_STATIC: 256, RGB_GRIPPER: 96})
+    config = tiny_tokens.config(store.path, tmp_path / "run", init_from=str(tiny_checkpoint))
+    source = open_source(config.tokens, 4)
+    model = initial.new_model(config, source)
+    before = load(tiny_checkpoint).model.blocks.places.weight
+    after, v = model.blocks.places.weight, source.vocabulary
+    assert len(after) == 64 + 9 and torch.equal(after[list(v.places(RGB_GRIPPER))], before[16:])
+    assert torch.allclose(after[0], before[0]) and torch.allclose(after[63], before[15]), "corners stay"
+
+
+def test_stretching_is_linear():
+    given, wanted = (
+        CompactVocabulary(text_size=3, action_size=3, codebook_size=3, images=(ImageGrid(name="a", rows=n, columns=4),), block_size=2)
+        for n in (4, 8)
+    )
+    ramp = torch.tensor([0.0, 0.0, 1.0, 1.0])[:, None]
+    stretched = stretched_places(ramp, given, wanted)
+    assert stretched[:, 0].tolist() == [0, 0, 0.25, 0.25, 0.75, 0.75, 1, 1]
+
+
+def _emu3_store(folder, codebook_size: int = CODEBOOK_SIZE) -> TokenStore:
+    """A store in Emu3's own ids: its form of text tokenizer, and as many codes."""
+    plain = tiny_tokens.tiny_store(folder / "plain", shards=2, episodes_per_shard=1)
+    target = folder / "emu3"
+    (target / TEXT).mkdir(parents=True)
+    small_emu3.write_tiktoken(target / TEXT)
+    shutil.copytree(plain.path / ACTION, target / ACTION)
+    shutil.copyfile(plain.path / NORMALIZER, target / NORMALIZER)
+    sizes = {RGB_STATIC: 32, RGB_GRIPPER: 32}
+    config = LightConfig(codebook_size=codebook_size, channels=(8, 8), encoder_blocks=(0, 0), decoder_blocks=(0, 0), image_sizes=sizes)
+    LightTokenizer(config).eval().save_pretrained(target / VISION)
+    metadata = {name: value for name, value in plain.metadata.items() if name != "hashes"}
+    metadata |= {"text_vocab_size": 151_643, "codebook_size": codebook_size, "grids": {RGB_STATIC: [4, 4], RGB_GRIPPER: [4, 4]}}
+    store = TokenStore.create(target, metadata)
+    for index in (0, 1):
+        (episode,) = plain.read_shard(index)
+        random = np.random.default_rng(index)
+        codes = {name: random.integers(0, codebook_size, (9, 4, 4)).astype(np.uint16) for name in ("static_codes", "gripper_codes")}
+        store.write_shard(index, [TokenizedEpisode(**{**vars(episode), **codes})])
+    return store
+
+
+def test_emu3s_own_vocabulary_trains_through_the_same_loop(tmp_path):
+    store = _emu3_store(tmp_path)
+    assert isinstance(store.tokenizers().text, Emu3TextTokenizer)
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    loss = LossConfig(mean_over="token", vision_weight=0.5, text_weight=1, special_weight=1, vision_loss_fraction=0.5)
+    policy = tiny_tokens.train(
+        store.path,
+        tmp_path / "run",
+        steps=1,
+        batch_size=1,
+        context=192,
+        validation_fraction=0.5,
+        validation_documents=1,
+        mixture=MixtureConfig(act=1, film=1),
+        model=ModelSizes(block_size=1, max_position_embeddings=256, **sizes),
+        loss=loss,
+    )
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {"loss_action", "loss_vision", "loss_special"} <= set(records[0])
+    assert {"loss_action", "loss_vision", "loss_text", "loss_special"} <= set(records[-1]["validation"])
+    loaded = load(policy)
+    assert isinstance(loaded.model, Emu3ForCausalLM) and isinstance(loaded.vocabulary, Emu3Vocabulary)
+    assert not isinstance(loaded.model, PlainEmu3ForCausalLM) and (policy / checkpoint.MODEL).is_dir()
+
+
+def test_codes_of_the_head_are_thinned(tmp_path):
+    v = Emu3Vocabulary()
+    documents = [[Text([1, 2]), Image("", np.arange(400).reshape(20, 20) + number)] for number in range(2)]
+    batch = pack([documents], v, 1024)
+    seeds = figures.document_seeds(batch, 0, 0, 0, 1)
+    thinned = figures.thin_codes(batch, 0.25, seeds)
+    before, after = (((part.kinds_BL == figures.VISION) & (part.targets_BL != IGNORE)).sum().item() for part in (batch, thinned))
+    assert before == 800 and 150 < after < 250
+    others = batch.kinds_BL != figures.VISION
+    assert torch.equal(batch.targets_BL[others], thinned.targets_BL[others])
+    assert figures.thin_codes(batch, 1.0, seeds) is batch
+
+
+def test_emu3s_text_with_other_codes_is_refused(tmp_path):
+    store = _emu3_store(tmp_path, codebook_size=64)
+    with pytest.raises(VocabularyError, match="Emu3's text tokenizer, 64 codes, and model.block_size=4; Emu3's vocabulary has 32768"):
+        open_source(str(store.path), 4)
+
+
+def test_batches_come_in_order_and_errors_at_their_step():
+    def make(step):
+        if step == 5:
+            raise ValueError("no step 5")
+        return step * step
+
+    batches = prefetched(make, 2, 9)
+    assert [next(batches)[0] for _ in range(3)] == [4, 9, 16]
+    with pytest.raises(ValueError, match="no step 5"):
+        next(batches)
+    assert list(prefetched(make, 3, 3)) == []

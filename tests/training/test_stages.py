@@ -1,0 +1,204 @@
+"""Every stage is a preset of the one loop: each runs, reads what it should, and counts what it should in the loss."""
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_tokens
+import torch
+
+from emu3_vla import cli
+from emu3_vla.documents import IGNORE, KINDS
+from emu3_vla.training import loop
+from emu3_vla.training.mixture import MixtureConfig
+from emu3_vla.training.source import open_source
+from envs.spec import RGB_GRIPPER, RGB_STATIC
+
+PRESETS = Path(cli.__file__).parents[1] / "configs" / "train"
+STAGES = sorted(path.stem for path in (PRESETS / "stage").glob("*.yaml") if path.stem != "debug")
+NEEDS_PAIRS = "dpo"
+TEXT_BEFORE_IMAGES = {"draw", "film", "world", "act", "interleave"}
+
+
+@pytest.fixture(scope="module")
+def asked_store(tmp_path_factory):
+    """A store whose frames are described: the answer to the one question says what there is to see."""
+    return tiny_tokens.tiny_store(tmp_path_factory.mktemp("asked"), shards=4, episodes_per_shard=3, asked=True)
+
+
+def _compose(preset: str, **options) -> loop.TrainConfig:
+    return cli.compose("train", [f"preset={preset}", *(f"{name}={value}" for name, value in options.items())])
+
+
+def _run(preset: str, tokens: Path, output: Path, **options) -> list[dict]:
+    loop.main(_compose(preset, tokens=tokens, output_dir=output, validation_fraction=0.25, **options))
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def _stream(store, output="unused", **options):
+    config = tiny_tokens.config(store.path, output, context=256, batch_size=3, chunks=2, questions=1, **options)
+    source = open_source(config.tokens, config.model.block_size)
+    return source, source.streams(config)[0]
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != NEEDS_PAIRS])
+def test_debug_twin_of_every_stage_trains(stage, asked_store, tmp_path):
+    records = _run(f"stage/{stage},stage/debug", asked_store.path, tmp_path, steps=2)
+    assert (tmp_path / "policy" / "model" / "model.safetensors").exists()
+    losses = {name for record in records for name in record.get("validation", {}) if name.startswith("loss")}
+    expected = {"vla": "loss_action", "understand_describe": "loss_text", "understand_instruct": "loss_text"}
+    assert expected.get(stage, "loss_vision") in losses and "loss" in losses
+
+
+def test_stages_learn_what_they_should():
+    """By their presets: of what, over how long rows, down to which rate."""
+    configs = {stage: _compose(f"stage/{stage}", tokens="x", **_needed(stage)) for stage in STAGES}
+    assert (configs["pretrain_images"].context, configs["pretrain_video"].context) == (5120, 131072)
+    assert set(configs["pretrain_images"].mixture.shares()) == {"text", "draw", "describe"}
+    assert "film" in configs["pretrain_video"].mixture.shares()
+    for stage in ("pretrain_images", "pretrain_video", "interleave"):
+        assert (configs[stage].loss.mean_over, configs[stage].loss.vision_weight, configs[stage].loss.text_weight) == ("token", 0.5, 1.0)
+    for stage in ("world_model", "quality"):
+        assert [configs[stage].loss.weight(kind) for kind in KINDS] == [0, 0, 0, 1], "pictures alone"
+    for stage in ("understand_describe", "understand_instruct"):
+        assert [configs[stage].loss.weight(kind) for kind in KINDS] == [0, 1, 0, 0], "text alone"
+    assert configs["vla"].loss.vision_weight == 0 < configs["vla_all"].loss.vision_weight
+    quality = configs["quality"]
+    assert quality.optimizer.schedule == "linear" and quality.optimizer.rate(quality.steps, quality.steps) == 0, "down to nothing"
+    assert configs["pretrain_images"].model.dropout == 0.1
+
+
+def _needed(stage: str) -> dict:
+    return {"preference.pairs": "pairs", "init_from": "policy"} if stage == NEEDS_PAIRS else {}
+
+
+def test_ablations_change_one_thing():
+    base = _compose("stage/pretrain_images", tokens="x")
+    changes = {
+        "no_dropout": {"model": dataclasses.replace(base.model, dropout=0.0)},
+        "vision_weight_1": {"loss": dataclasses.replace(base.loss, vision_weight=1.0)},
+        "from_scratch": {"codes_from_tokenizer": False},
+        "initialised": {},
+    }
+    assert set(changes) == {path.stem for path in (PRESETS / "ablation").glob("*.yaml")}
+    for name, change in changes.items():
+        assert _compose(f"stage/pretrain_images,ablation/{name}", tokens="x") == dataclasses.replace(base, **change)
+
+
+def test_presets_apply_in_order():
+    assert _compose("stage/vla,stage/debug", tokens="x").context == 448
+    assert _compose("stage/debug,stage/vla", tokens="x").context == 2048
+    assert _compose("stage/vla,stage/debug", tokens="x", context=512).context == 512
+    with pytest.raises(cli.UsageError, match="unknown preset 'stage/vlaa' of 'emu3-vla train'; did you mean 'stage/vla'"):
+        _compose("stage/debug,stage/vlaa", tokens="x")
+
+
+def _documents(batch):
+    """Ids and targets of each document of a packed batch."""
+    for start, length in zip(batch.spans.starts_D, batch.spans.lengths_D, strict=True):
+        own = slice(start, start + length)
+        yield batch.ids_BL.flatten()[own], batch.targets_BL.flatten()[own], batch.kinds_BL.flatten()[own], own
+
+
+@pytest.mark.parametrize("kind", [name for name in vars(MixtureConfig()) if name != "moments"])
+def test_kinds_of_documents(kind, asked_store):
+    """What is in a document of each kind, in which order, and what of it is learnt."""
+    source, stream = _stream(asked_store, mixture=MixtureConfig(**{kind: 1.0}, moments=3))
+    v, batch = source.vocabulary, stream.batch(0)
+    block_at, weights = batch.block_at_N.numpy(), batch.block_weights_N.numpy()
+    for ids, targets, kinds, own in _documents(batch):
+        images, chunks = int((ids == v.begin_image(RGB_STATIC)).sum()), int((ids == v.begin_action).sum())
+        learnt = {KINDS[number] for number in kinds[targets != IGNORE].unique()}
+        predicted = weights[(block_at >= own.start) & (block_at < own.stop)] > 0
+        first = int(ids[1])
+        assert ids[0] == v.bos and (first < v.text_size) == (kind in {"text", *TEXT_BEFORE_IMAGES})
+        assert (ids[-1] == v.eos) == (kind not in {"ask", "act"})
+        if kind == "text":
+            assert not images and not chunks and learnt == {"text"}
+        if kind in ("draw", "describe"):
+            assert images == 1 and predicted.all() and learnt == {"text", "special"}
+            assert (int(ids[-2]) < v.text_size) == (kind == "describe")
+        if kind == "film":
+            assert 2 <= images <= 3 and not chunks and predicted.all() and (ids != v.begin_image(RGB_GRIPPER)).all()
+        if kind == "world":
+            assert images == chunks + 1 >= 2 and "action" not in learnt
+            assert not predicted[:25].any() and predicted[25:].all(), "the first images are given, those after actions are not"
+        if kind == "ask":
+            assert images == 1 and not predicted.any() and learnt <= {"text", "special"} and "text" in learnt
+        if kind == "act":
+            assert 1 <= images == chunks <= 2 and "action" in learnt and "text" not in learnt
+        if kind == "interleave":
+            assert 2 <= images <= 3 and not chunks and learnt == {"text", "special"}
+
+
+def test_mixture_keeps_its_shares_and_fills_its_rows(asked_store):
+    _, stream = _stream(asked_store, mixture=MixtureConfig(act=1, draw=3))
+    begins = np.zeros(2)
+    used = []
+    v = open_source(str(asked_store.path), 4).vocabulary
+    for step in range(16):
+        batch = stream.batch(step)
+        used.append(batch.positions / batch.ids_BL.numel())
+        acts = [bool((ids == v.begin_action).any()) for ids, *_ in _documents(batch)]
+        begins += [sum(acts), len(acts) - sum(acts)]
+    assert begins[1] / begins[0] == pytest.approx(3, rel=0.1)
+    assert np.mean(used) > 0.93, "little of the rows is padding"
+
+
+def test_all_documents_come_equally_often(asked_store):
+    """Up to the few that find no place in their pool's rows."""
+    _, stream = _stream(asked_store, mixture=MixtureConfig(describe=1))
+    seen = Counter(tuple(ids.tolist() + codes) for step in range(16) for ids, codes in _with_codes(stream.batch(step)))
+    assert len(seen) == len(stream) and stream.epochs(16) > 2
+    assert max(seen.values()) <= np.ceil(stream.epochs(16)) and min(seen.values()) >= np.floor(stream.epochs(16)) - 2
+
+
+def _with_codes(batch):
+    for ids, _, _, own in _documents(batch):
+        here = (batch.block_at_N >= own.start) & (batch.block_at_N < own.stop)
+        yield ids, batch.codes_NC[here].flatten().tolist()
+
+
+def test_a_step_depends_on_its_number_alone(asked_store):
+    mixture = MixtureConfig(act=1, ask=1, film=1)
+    _, stream = _stream(asked_store, mixture=mixture)
+    _, again = _stream(asked_store, mixture=mixture)
+    last = again.batch(17)
+    assert torch.equal(stream.batch(17).ids_BL, last.ids_BL) and torch.equal(stream.batch(17).codes_NC, last.codes_NC)
+    parts = [stream.batch(17, rank, 3) for rank in range(3)]
+    assert torch.equal(torch.cat([part.ids_BL for part in parts]), last.ids_BL)
+    assert not torch.equal(stream.batch(16).ids_BL, last.ids_BL)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"context": 256}, "context=256 packs documents of a mixture or pairs: give mixture.act=1"),
+        ({"mixture": MixtureConfig(act=1)}, "give context, the positions of a row"),
+        ({"context": 256, "mixture": MixtureConfig(act=1), "asked_fraction": 0.1}, "in a mixture it is mixture.ask"),
+        ({"context": 9999, "mixture": MixtureConfig(act=1)}, "context=9999, expected 0 to model.max_position_embeddings=2048"),
+    ],
+)
+def test_stages_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        loop.TrainConfig(tokens="somewhere", **options)
+
+
+def test_what_a_store_lacks_is_named(tiny_store, tmp_path):
+    with pytest.raises(ValueError, match="mixture.draw needs questions about the frames, and the token store holds none"):
+        _stream(tiny_store, mixture=MixtureConfig(draw=1))
+    _, stream = _stream(tiny_store, mixture=MixtureConfig(act=1))
+    stream._context = 40
+    with pytest.raises(ValueError, match=r"a document has \d+ positions, expected at most context=40: documents are never cut"):
+        stream.batch(0)
+    with pytest.raises(ValueError, match="mixture.film is -1"):
+        MixtureConfig(film=-1)
+
+
+def test_a_loss_that_counts_nothing_is_named(tiny_store, tmp_path):
+    loss = loop.LossConfig(action_weight=0, special_weight=0, vision_weight=0, text_weight=1)
+    with pytest.raises(ValueError, match="a batch has nothing to learn: its targets are .* action, 0 text"):
+        tiny_tokens.train(tiny_store.path, tmp_path, steps=1, context=256, mixture=MixtureConfig(act=1), loss=loss)
