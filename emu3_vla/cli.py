@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "train": ("emu3_vla.training.loop:TrainConfig", "next-token prediction on a token store; preset=stage/... for each stage"),
     "prefer": ("emu3_vla.commands.prefer:PreferConfig", "pairs of a policy's own answers, ranked by the simulator, for stage/dpo"),
+    "scaling-law": ("emu3_vla.training.scaling_law:ScalingLawConfig", "how the loss falls with model and data; predicts a larger model"),
     "eval": ("eval.run:EvalConfig", "score a policy on CALVIN's long-horizon chains"),
     "compare": ("eval.compare:CompareConfig", "two evaluations of the same chains, paired: is the difference real?"),
     "report": ("eval.report:ReportConfig", "an evaluation's page anew, beside others with --compare=<results>"),
@@ -133,11 +134,14 @@ def claim_output_dir(command: str, config: Any) -> Path:
     An empty `output_dir` becomes outputs/<command>/<hash of the configuration>, so the same command finds its own folder again.
     """
     resolved = dataclasses.asdict(config)
-    resolved.pop("output_dir")
+    for name in ("output_dir", *getattr(config, "RESUMES_WITH", ())):
+        resolved.pop(name)
     record = {"command": command, "config": resolved}
     text = json.dumps(record, indent=1, sort_keys=True, default=str)
     digest = hashlib.sha256(text.encode()).hexdigest()
     folder = Path(config.output_dir or Path("outputs") / command / digest[:8])
+    if not _leads():
+        return folder
     claim = folder / "run.json"
     if claim.exists():
         if claim.read_text() != text:
@@ -159,9 +163,14 @@ def claim_output_dir(command: str, config: Any) -> Path:
 
 def release_output_dir(folder: Path | None) -> None:
     """Give up a claim under which nothing was made, so that the corrected command may use the folder."""
-    if folder is not None and [path.name for path in folder.iterdir()] == ["run.json"]:
+    if folder is not None and _leads() and [path.name for path in folder.iterdir()] == ["run.json"]:
         (folder / "run.json").unlink()
         folder.rmdir()
+
+
+def _leads() -> bool:
+    """Whether this is the process that makes folders, of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def nearest(name: str, known) -> str:

@@ -28,10 +28,7 @@ class ForeignTokens(ValueError):
 def new_model(config: TrainConfig, source: Source) -> BlockEmu3ForCausalLM | PlainEmu3ForCausalLM:
     """The model before its first step, seeded. Raises ForeignTokens, and CheckpointError for weights of other sizes."""
     torch.manual_seed(config.seed)
-    if isinstance(source.vocabulary, Emu3Vocabulary):
-        model = PlainEmu3ForCausalLM(build_plain_config(source.vocabulary, **config.model.plain_arguments()))
-    else:
-        model = BlockEmu3ForCausalLM(build_config(source.vocabulary, **config.model.arguments()))
+    model = outline(config, source)
     if config.init_from:
         model.load_state_dict(_given_weights(Path(config.init_from), model, source))
     elif config.codes_from_tokenizer and isinstance(model, BlockEmu3ForCausalLM):
@@ -44,6 +41,13 @@ def new_model(config: TrainConfig, source: Source) -> BlockEmu3ForCausalLM | Pla
     if config.context:
         attention.confine(model)
     return model
+
+
+def outline(config: TrainConfig, source: Source) -> BlockEmu3ForCausalLM | PlainEmu3ForCausalLM:
+    """The model that a run trains, before its weights."""
+    if isinstance(source.vocabulary, Emu3Vocabulary):
+        return PlainEmu3ForCausalLM(build_plain_config(source.vocabulary, **config.model.plain_arguments()))
+    return BlockEmu3ForCausalLM(build_config(source.vocabulary, **config.model.arguments()))
 
 
 def _given_weights(

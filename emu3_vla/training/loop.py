@@ -21,7 +21,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -33,13 +33,16 @@ from emu3_vla.documents import Batch
 from emu3_vla.lora import LoraSettings
 from emu3_vla.model import BlockEmu3ForCausalLM
 from emu3_vla.training import figures as figures_of
-from emu3_vla.training import preference, processes, state
+from emu3_vla.training import preference, processes, sharded_state, state, team
 from emu3_vla.training.figures import Figures, LossConfig
 from emu3_vla.training.initial import new_model as _new_model
+from emu3_vla.training.initial import outline
 from emu3_vla.training.mixture import MixtureConfig
 from emu3_vla.training.optimizer import FlatAdamW, OptimizerConfig
+from emu3_vla.training.parallel import ParallelConfig
 from emu3_vla.training.preference import PairBatch, PreferenceConfig
 from emu3_vla.training.prefetch import prefetched
+from emu3_vla.training.sharded import ShardedAdamW
 from emu3_vla.training.source import Source, open_source
 from emu3_vla.training.telemetry import EXTRAS, Metrics, Pace, live_line, measured_peak, training_flops
 
@@ -125,6 +128,10 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)  # ranks that share one model; see docs/scaling.md
+
+    RESUMES_WITH: ClassVar[tuple[str, ...]] = ("parallel",)
+    """Options that may be others when a run goes on."""
 
     def __post_init__(self):
         positive = ("steps", "batch_size", "chunks", "questions", "processes", "validation_documents")
@@ -151,6 +158,7 @@ class TrainConfig:
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction is {self.validation_fraction}, expected between 0 and 1")
         self._check_stage()
+        self._check_parallel()
 
     def _check_stage(self) -> None:
         mixed, preferred = bool(self.mixture.shares()), bool(self.preference.pairs)
@@ -167,6 +175,28 @@ class TrainConfig:
         if not 0 <= self.context <= self.model.max_position_embeddings:
             raise ValueError(f"context={self.context}, expected 0 to model.max_position_embeddings={self.model.max_position_embeddings}")
 
+    def _check_parallel(self) -> None:
+        parallel = self.parallel
+        if parallel.ranks == 1:
+            return
+        if self.processes > 1:
+            raise ValueError(f"processes={self.processes} hold the whole model each; with parallel.* set parallel.dp instead")
+        alone = {
+            "lora_rank": self.lora_rank,
+            "preference.pairs": self.preference.pairs,
+            "optimizer.muon_learning_rate": self.optimizer.muon_learning_rate,
+        }
+        for name, value in alone.items():
+            if value:
+                raise ValueError(f"{name}={value} with parallel.*: that is for processes that hold the whole model (processes=...)")
+        if self.context and parallel.cp > 1:
+            raise ValueError(f"context={self.context} with parallel.cp={parallel.cp}: rows of several documents are not shared by position")
+        if self.batch_size % (parallel.dp * parallel.fsdp):
+            raise ValueError(
+                f"batch_size={self.batch_size} is no multiple of parallel.dp × parallel.fsdp = {parallel.dp} × {parallel.fsdp}"
+            )
+        parallel.check_model(self.model.num_attention_heads, self.model.num_key_value_heads, self.model.intermediate_size)
+
     @property
     def lora(self) -> LoraSettings:
         """Of the adapters, where lora_rank asks for some."""
@@ -182,11 +212,12 @@ def main(config: TrainConfig) -> None:
     if config.compile and not (shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")):
         raise ValueError("compile=true needs a C++ compiler, and none of g++, clang++, c++ is on the path; use compile=false")
     source = open_source(config.tokens, config.model.block_size)  # a wrong path ends here, not in a child process
-    if config.processes > 1:
+    ranks = max(config.processes, config.parallel.ranks)
+    if ranks > 1:
         del source
     policy = Path(config.output_dir) / "policy"
     if not policy.exists():
-        processes.run(train, config.processes, config)
+        processes.run(train, ranks, config)
     if processes.rank() == 0:
         print(policy)
 
@@ -197,40 +228,44 @@ def train(config: TrainConfig) -> None:
     commit = _git_commit()  # of the code that is loaded now; the folder may change while it runs
     output, leads = Path(config.output_dir), processes.rank() == 0
     console = Console(quiet=not leads)
+    ours = team.form(config.parallel)
     source = open_source(config.tokens, config.model.block_size)
     stream, held_out = preference.streams(config, source) if config.preference.pairs else source.streams(config)
 
-    model = _new_model(config, source)
+    dtype = DTYPES[config.precision]
+    model = ours.build(lambda: _new_model(config, source), lambda: outline(config, source), source.vocabulary, dtype)
     if config.lora_rank:
         lora.attach(model, config.lora)
-    optimizer = FlatAdamW(model, config.optimizer, DTYPES[config.precision])
+    optimizer = ours.optimizer(config.optimizer, dtype)
     if config.preference.pairs:
         preference.measure_reference(model, stream, held_out)  # before a saved state replaces the weights that training started from
-    validation = held_out.fixed(config.validation_documents)[processes.rank() :: processes.count()]
-    step = state.load(output / "state", optimizer)
-    saver = state.Saver(output / "state", keep=config.keep_states) if leads else None
+    validation = ours.share(held_out.fixed(config.validation_documents))
+    step = sharded_state.load(output / "state", optimizer)
+    saver = ours.saver(output / "state", config.keep_states)
     output.mkdir(parents=True, exist_ok=True)
     metrics = Metrics(output, step, leads=leads, extras=config.log_to, config=dataclasses.asdict(config))
-    pace = Pace(processes.count(), measured_peak(DTYPES[config.precision], model.device))
+    pace = Pace(ours.data_count, measured_peak(dtype, ours.device))
     if config.recompute_activations:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.compile:
         for layer in model.model.layers:  # layer by layer: one graph serves all, and compiles in seconds
             layer.compile(dynamic=True)
     console.print(
-        f"{len(optimizer.master) / 1e6:.2f} M parameters; {len(stream)} documents an epoch, "
+        f"{optimizer.size / 1e6:.2f} M parameters; {len(stream)} documents an epoch, "
         f"{stream.epochs(config.steps):.1f} epochs; from step {step} to {config.steps}"
     )
     with _progress(console, disable=not leads) as progress:
         bar = progress.add_task("train", total=config.steps, completed=step, status="")
         running, skipped = Figures.zero(), 0
-        batches = prefetched(lambda number: stream.batch(number, processes.rank(), processes.count()), step, config.steps)
+        batches = prefetched(lambda number: stream.batch(number, ours.data_rank, ours.data_count), step, config.steps)
         pace.start()
         while step < config.steps:
             model.train()
             batch, waited_s = next(batches)
+            if isinstance(batch, Batch):
+                batch = batch.to(ours.device)
             rate = config.optimizer.rate(step, config.steps)
-            learned, norm, flops = _step(model, optimizer, batch, source, step, rate, config)
+            learned, norm, flops = _step(model, optimizer, batch, ours, step, rate, config)
             step += 1
             skipped = 0 if config.optimizer.accepts(norm) else skipped + 1
             if skipped:
@@ -251,7 +286,7 @@ def train(config: TrainConfig) -> None:
                 pace.start()
             measured: dict[str, float] = {}
             if step % config.validate_every == 0 or step == config.steps:
-                measured = _validate(model, optimizer, validation, config)
+                measured = _validate(model, optimizer, validation, ours, config)
                 metrics({"step": step, "validation": measured})
                 console.print(f"step {step} held out: {live_line(measured)}", soft_wrap=True)
                 pace.start()
@@ -260,35 +295,35 @@ def train(config: TrainConfig) -> None:
     metrics.close()
     if saver:
         chosen = saver.best() if config.export == "best" else saver.newest()
-        state.restore(chosen, optimizer)
-        _export(output / "policy", config, model, optimizer, source, chosen, commit)
+        if leads:
+            _export(output / "policy", config, model, optimizer, source, chosen, commit, ours.averaged_weights(chosen, optimizer))
 
 
 def _step(
     model: BlockEmu3ForCausalLM,
-    optimizer: FlatAdamW,
+    optimizer: FlatAdamW | ShardedAdamW,
     batch: Batch | PairBatch,
-    source: Source,
+    ours: team.Replicas,
     step: int,
     rate: float,
     config: TrainConfig,
 ) -> tuple[Figures, float, float]:
     """One optimiser step. Returns this process's figures, the gradient's norm (see OptimizerConfig.accepts), and the operations it took."""
-    torch.manual_seed((config.seed * 1_000_003 + step) * 4_099 + processes.rank())  # dropout
+    torch.manual_seed((config.seed * 1_000_003 + step) * 4_099 + ours.seed)  # dropout
     if isinstance(batch, PairBatch):
         optimizer.zero_gradient()
         loss, learned = preference.losses(model, batch, config.preference)
         loss.backward()
         return learned, optimizer.step(step, rate), training_flops(model, batch.batch, len(batch.batch.codes_NC))
-    seeds = figures_of.document_seeds(batch, config.seed, step, processes.rank(), processes.count())
+    seeds = figures_of.document_seeds(batch, config.seed, step, ours.data_rank, ours.data_count)
     chosen = figures_of.choose_blocks(batch, config.loss.vision_loss_fraction, seeds)
     batch = figures_of.thin_codes(batch, config.loss.vision_loss_fraction, seeds)
     # Counted before the loss, so that each process weighs its sums as if it saw the whole batch.
-    tokens = processes.summed(figures_of.count_tokens(batch, chosen))
+    tokens = ours.tokens(batch, chosen)
     optimizer.zero_gradient()
-    sums, learned = figures_of.losses(model, batch, chosen, config.loss.label_smoothing)
+    sums, learned = ours.losses(batch, chosen, config.loss.label_smoothing)
     figures_of.total(sums, tokens, config.loss).backward()
-    return learned, optimizer.step(step, rate), training_flops(model, batch, len(chosen))
+    return learned, optimizer.step(step, rate), training_flops(model, batch, len(chosen)) / ours.sharing
 
 
 def _check_skipped(skipped: int, step: int, norm: float, learned: Figures, config: TrainConfig) -> None:
@@ -303,7 +338,11 @@ def _check_skipped(skipped: int, step: int, norm: float, learned: Figures, confi
 
 @torch.no_grad()
 def _validate(
-    model: BlockEmu3ForCausalLM, optimizer: FlatAdamW, batches: list[Batch] | list[PairBatch], config: TrainConfig
+    model: BlockEmu3ForCausalLM,
+    optimizer: FlatAdamW | ShardedAdamW,
+    batches: list[Batch] | list[PairBatch],
+    ours: team.Replicas,
+    config: TrainConfig,
 ) -> dict[str, float]:
     """Means over held-out documents, all their blocks included, with the averaged weights."""
     model.eval()
@@ -313,7 +352,8 @@ def _validate(
             if isinstance(batch, PairBatch):
                 part = preference.measured(model, batch, config.preference)
             else:
-                _, part = figures_of.losses(model, batch, torch.arange(len(batch.codes_NC)))
+                batch = batch.to(ours.device)
+                _, part = ours.losses(batch, torch.arange(len(batch.codes_NC), device=ours.device))
             sums.add(part)
     sums = sums.over_processes()
     return _rounded(sums.means() | {"loss": sums.total(config.loss)})
@@ -323,10 +363,11 @@ def _export(
     folder: Path,
     config: TrainConfig,
     model: BlockEmu3ForCausalLM,
-    optimizer: FlatAdamW,
+    optimizer: FlatAdamW | ShardedAdamW,
     source: Source,
     chosen: state.Saved,
     commit: str,
+    averaged: dict[str, torch.Tensor],
 ) -> None:
     history = config.chunks - 1 if config.history < 0 else config.history
     policy = checkpoint.PolicySettings(
@@ -344,7 +385,7 @@ def _export(
         "seed": config.seed,
         "git_commit": commit,
         "token_store": source.manifest(),
-        "parameters": len(optimizer.master),
+        "parameters": optimizer.size,
         "step": chosen.step,
         "held_out": chosen.held_out,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
@@ -352,7 +393,7 @@ def _export(
     checkpoint.save(
         folder,
         config=model.config,
-        weights=_averaged_weights(folder.parent, config, optimizer, source),
+        weights=_merged(averaged, folder.parent, config, source),
         vocabulary=source.vocabulary,
         tokenizers=source.folder,
         policy=policy,
@@ -369,9 +410,8 @@ def _progress(console: Console, disable: bool) -> Progress:
     return Progress(*columns, console=console, disable=disable)
 
 
-def _averaged_weights(output: Path, config: TrainConfig, optimizer: FlatAdamW, source: Source) -> dict[str, torch.Tensor]:
+def _merged(averaged: dict[str, torch.Tensor], output: Path, config: TrainConfig, source: Source) -> dict[str, torch.Tensor]:
     """What the policy gets, float32. Adapters are merged into the weights that they adapt, and kept in adapter/ too."""
-    averaged = optimizer.averaged_state()
     if not config.lora_rank and config.learn_codes:
         return averaged
     model = _new_model(config, source)  # the weights in use were rounded

@@ -64,6 +64,11 @@ class OptimizerConfig:
         warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
         return self.learning_rate * warm * (self.final_fraction + (1 - self.final_fraction) * left)
 
+    def average_decay(self, step: int) -> float:
+        """Of the moving average at step `step` (from 0)."""
+        # Early weights are far from the end's, so the average starts short and grows to its full length.
+        return min(self.ema_decay, (1 + step) / (10 + step)) if self.ema_decay else 0.0
+
     def accepts(self, norm: float) -> bool:
         """Whether a gradient of this norm is a step."""
         return math.isfinite(norm) and (self.skip_above is None or norm <= self.skip_above)
@@ -78,7 +83,7 @@ class FlatAdamW:
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, dtype: torch.dtype):
         self.config = config
-        decayed, others = _split(model)
+        decayed, others = split_decayed(model)
         in_layers = _in_layers(model, decayed) if config.muon_learning_rate else {}
         decayed = in_layers | decayed  # those first
         self._parameters = [*decayed.values(), *others.values()]
@@ -107,6 +112,11 @@ class FlatAdamW:
             groups.append({"params": [tensor], "weight_decay": decay})
         self._adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
 
+    @property
+    def size(self) -> int:
+        """Parameters that learn."""
+        return len(self.master)
+
     def zero_gradient(self) -> None:
         self.working_gradient.zero_()
 
@@ -127,9 +137,7 @@ class FlatAdamW:
         self._adamw.step()
         if self._muon:
             self._muon.step(learning_rate / self.config.learning_rate)
-        # Early weights are far from the end's, so the average starts short and grows to its full length.
-        decay = min(self.config.ema_decay, (1 + step) / (10 + step)) if self.config.ema_decay else 0.0
-        self.average.lerp_(self.master, 1 - decay)
+        self.average.lerp_(self.master, 1 - self.config.average_decay(step))
         self.working.copy_(self.master)
         return norm
 
@@ -168,6 +176,18 @@ class FlatAdamW:
             prefix = f"adamw.{number}."
             moments = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
             self._adamw.state[group["params"][0]] = moments
+
+    def load_named(self, tensors: dict[str, list[torch.Tensor]], taken: int) -> None:
+        """Restore master, average, exp_avg and exp_avg_sq, each a tensor a parameter in the order of `names`, after so many steps."""
+        flat = {kind: torch.cat([part.flatten() for part in parts]) for kind, parts in tensors.items()}
+        state = {"master": flat["master"], "average": flat["average"]}
+        first = 0
+        for number, group in enumerate(self._adamw.param_groups):
+            last = first + group["params"][0].numel()
+            state[f"adamw.{number}.step"] = torch.tensor(float(taken))
+            state |= {f"adamw.{number}.{kind}": flat[kind][first:last].clone() for kind in ("exp_avg", "exp_avg_sq")}
+            first = last
+        self.load_state(state)
 
     def _views(self, flat: torch.Tensor) -> list[torch.Tensor]:
         sizes = [parameter.numel() for parameter in self._parameters]
@@ -212,7 +232,7 @@ def _in_layers(model: nn.Module, decayed: dict[str, nn.Parameter]) -> dict[str, 
     return {name: parameter for name, parameter in decayed.items() if parameter.ndim == 2 and id(parameter) not in heads}
 
 
-def _split(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+def split_decayed(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """Parameters that decay (matrices of linear layers) and the others, by name."""
     matrices = {f"{prefix}.weight" if prefix else "weight" for prefix, module in model.named_modules() if isinstance(module, nn.Linear)}
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -13,12 +13,13 @@ import torch.multiprocessing as mp
 
 
 def run(worker: Callable[..., None], processes: int, *arguments: Any) -> None:
-    """Call worker(*arguments) in `processes` processes joined by gloo; in this one alone if 1, or in torchrun's if it started us.
+    """Call worker(*arguments) in `processes` processes; in this one alone if 1, or in those of torchrun if it started us. They are joined
+    by gloo, and by nccl for tensors on GPUs.
 
     Children end when this process does, also by SIGKILL. Raises what a child raised, as torch.multiprocessing.ProcessRaisedException.
     """
     if "RANK" in os.environ:
-        dist.init_process_group("gloo")
+        dist.init_process_group(_backend())
         try:
             worker(*arguments)
         finally:
@@ -48,11 +49,20 @@ def summed(values: torch.Tensor) -> torch.Tensor:
 
 def _child(rank: int, processes: int, port: int, worker: Callable[..., None], arguments: tuple) -> None:
     method = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=processes)
+    os.environ["LOCAL_RANK"] = str(rank)
+    dist.init_process_group(_backend(), init_method=method, rank=rank, world_size=processes)
     try:
         worker(*arguments)
     finally:
         dist.destroy_process_group()
+
+
+def _backend() -> str:
+    """Tensors of the CPU, counts of tokens among them, go over gloo, whatever the weights are on."""
+    if not torch.cuda.is_available():
+        return "gloo"
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return "cpu:gloo,cuda:nccl"
 
 
 def _free_port() -> int:

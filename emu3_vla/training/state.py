@@ -15,12 +15,16 @@ import shutil
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from emu3_vla.training.optimizer import FlatAdamW
+
+if TYPE_CHECKING:
+    from emu3_vla.training.sharded import ShardedAdamW
 
 STATE_FILE, STEP_FILE = "state.safetensors", "step.json"
 BEST_BY = ("loss_preference", "loss_action", "loss")
@@ -50,8 +54,7 @@ class Saver:
 
     def __init__(self, folder: Path, *, keep: int = 1):
         self.folder, self.keep = folder, keep
-        for leftover in folder.glob(".step-*.tmp"):  # of a run that was killed while it wrote
-            shutil.rmtree(leftover)
+        remove_leftovers(folder)
         self._writing: threading.Thread | None = None
         self._failure: Exception | None = None
 
@@ -62,7 +65,7 @@ class Saver:
         """
         self.wait()
         tensors = {name: tensor.clone() for name, tensor in optimizer.state().items()}
-        record = {"step": step, "weights": _weights_hash(optimizer), "held_out": held_out or {}}
+        record = {"step": step, "weights": weights_hash(optimizer), "held_out": held_out or {}}
         self._writing = threading.Thread(target=self._write, args=(tensors, record), name="training state")
         self._writing.start()
 
@@ -75,9 +78,7 @@ class Saver:
             failure, self._failure = self._failure, None
             if not isinstance(failure, (OSError, SafetensorError)):
                 raise failure
-            whole = states_in(self.folder)
-            last = f"the last whole one is {whole[-1].folder}" if whole else "there is none from before"
-            raise NotSaved(f"a training state was not saved: {failure}; {last}. Make room and give the same command again") from failure
+            raise not_saved(failure, self.folder) from failure
 
     def best(self) -> Saved | None:
         """The state with the best held-out figures, if any was measured."""
@@ -97,23 +98,43 @@ class Saver:
             temporary.mkdir(parents=True)
             save_file(tensors, temporary / STATE_FILE)
             (temporary / STEP_FILE).write_text(json.dumps(record))
-            for path in (temporary / STATE_FILE, temporary / STEP_FILE, temporary):
-                _sync(path)
-            if target.exists():  # of a run that was cut off after it; what this step's figures say may be new
-                shutil.rmtree(target)
-            temporary.rename(target)
-            _sync(self.folder)
-            self._prune()
+            publish(temporary, target)
+            prune(self.folder, self.keep)
         except Exception as error:  # noqa: BLE001 - nobody sees what a thread raises: `wait` raises it
             shutil.rmtree(temporary, ignore_errors=True)
             self._failure = error
 
-    def _prune(self) -> None:
-        states = states_in(self.folder)
-        best = best_of(states)
-        for state in states[: -self.keep]:
-            if state != best:
-                shutil.rmtree(state.folder)
+
+def remove_leftovers(folder: Path) -> None:
+    """Of a run that was killed while it wrote."""
+    for leftover in folder.glob(".step-*.tmp"):
+        shutil.rmtree(leftover)
+
+
+def publish(temporary: Path, target: Path) -> None:
+    """Give a written state its name, once the disk has all of it."""
+    for path in (*temporary.iterdir(), temporary):
+        _sync(path)
+    if target.exists():  # of a run that was cut off after it; what this step's figures say may be new
+        shutil.rmtree(target)
+    temporary.rename(target)
+    _sync(target.parent)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` states and the best."""
+    states = states_in(folder)
+    best = best_of(states)
+    for state in states[:-keep]:
+        if state != best:
+            shutil.rmtree(state.folder)
+
+
+def not_saved(failure: object, folder: Path) -> NotSaved:
+    """What to raise where a state could not be written."""
+    whole = states_in(folder)
+    last = f"the last whole one is {whole[-1].folder}" if whole else "there is none from before"
+    return NotSaved(f"a training state was not saved: {failure}; {last}. Make room and give the same command again")
 
 
 def states_in(folder: Path) -> list[Saved]:
@@ -150,10 +171,20 @@ def restore(saved: Saved, optimizer: FlatAdamW) -> None:
     try:
         tensors = load_file(saved.folder / STATE_FILE)
     except (OSError, SafetensorError) as error:
-        raise TrainingStateError(f"{saved.folder} is damaged: {error}; {_advice(saved.folder.parent)}") from error
-    if saved.weights != _weights_hash(optimizer):
-        raise TrainingStateError(f"{saved.folder} was saved by a run with another model; {_advice(saved.folder.parent)}")
+        raise damaged(saved, error) from error
+    check_model(saved, optimizer)
     optimizer.load_state(tensors)
+
+
+def damaged(saved: Saved, why: object) -> TrainingStateError:
+    """What to raise where a state cannot be read."""
+    return TrainingStateError(f"{saved.folder} is damaged: {why}; {_advice(saved.folder.parent)}")
+
+
+def check_model(saved: Saved, optimizer: FlatAdamW | ShardedAdamW) -> None:
+    """Raises TrainingStateError where a state holds other weights than this optimiser's."""
+    if saved.weights != weights_hash(optimizer):
+        raise TrainingStateError(f"{saved.folder} was saved by a run with another model; {_advice(saved.folder.parent)}")
 
 
 def _advice(folder: Path) -> str:
@@ -169,6 +200,6 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _weights_hash(optimizer: FlatAdamW) -> str:
+def weights_hash(optimizer: FlatAdamW | ShardedAdamW) -> str:
     """Names and shapes of all weights, in order, as one number."""
     return hashlib.sha256(json.dumps([optimizer.names, optimizer.shapes]).encode()).hexdigest()

@@ -99,6 +99,12 @@ class DocumentStream:
         """How often so many steps visit every anchor."""
         return steps * self._batch_size / len(self._anchors)
 
+    @property
+    def mean_length(self) -> float:
+        """Positions of a document that acts, on average over an epoch."""
+        texts = {task: sum(map(len, wordings)) / len(wordings) for task, wordings in self._texts.items()}
+        return float(self._lengths.mean() + sum(texts[self._episode_of(anchor).task] for anchor in range(len(self))) / len(self))
+
     def batch(self, step: int, rank: int = 0, processes: int = 1) -> Batch:
         """This process's part of the batch of `step`. Neighbours in length go to different processes, so all take equally long."""
         drawn = self._plan(step)[rank::processes]
