@@ -49,11 +49,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--policy", default=policies.SHIPPED)
     parser.add_argument("--decisions", type=int, default=100)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model's arithmetic")
     arguments = parser.parse_args()
-    policy = policies.load(arguments.policy)
+    policy = policies.load(arguments.policy, dtype=arguments.dtype)
     decide(policy, DECISIONS_A_START)  # the first decisions of a process prepare kernels and memory
     figures = decide(policy, arguments.decisions)
-    print(f"{arguments.policy}: {len(figures['wall'])} decisions, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; milliseconds")
+    machine = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+    print(f"{arguments.policy}, {arguments.dtype}: {len(figures['wall'])} decisions, {machine}; milliseconds")
     print(f"{'':12}{'least':>8}{'p50':>8}{'p99':>8}")
     for name, values in figures.items():
         least, half, most = np.percentile(values, [0, 50, 99])
