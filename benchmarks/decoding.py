@@ -39,6 +39,7 @@ SIDE, END_OF_ROW = 16, 5
 
 
 def decoder(dtype: torch.dtype) -> Emu3ForCausalLM:
+    """A random decoder of 15.7 M parameters."""
     torch.manual_seed(0)
     sizes = dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=6, num_key_value_heads=6)
     ids = dict(vocab_size=IDS, max_position_embeddings=2048, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -93,6 +94,7 @@ def in_turn(ways: dict[str, Callable[[], Result]], repeats: int) -> tuple[dict[s
 
 
 def token(ways: Ways, repeats: int) -> None:
+    """An id behind a prompt, and the prompt itself."""
     prompt = prompts(1)[0]
     ids, one = dict(prompt=prompt, longest=CHUNK), dict(prompt=prompt, longest=1)
     least, answers = in_turn(
@@ -136,6 +138,7 @@ def chunk(ways: Ways, repeats: int) -> None:
 
 
 def image(ways: Ways, repeats: int) -> None:
+    """An image of SIDE × SIDE codes with guidance, end to end."""
     prompt, grammar = prompts(1)[0][:24], Grammar(picture)
     request = dict(prompt=prompt, negative=prompt[:4], guidance=Guidance(scale=3.0), grammar=grammar)
     parallel = Parallel(window=16, draft=above(SIDE + 1))
@@ -152,6 +155,7 @@ def image(ways: Ways, repeats: int) -> None:
 
 
 def report(what: str, theirs: float, ours: dict[str, float], note: str = "") -> None:
+    """Print milliseconds, and ours as ratios to theirs."""
     each = [f"{name} {ms:8.2f} ms, {theirs / ms:5.1f}×" for name, ms in ours.items()]
     print(f"{what:8} transformers {theirs:9.2f} ms", *each, note, sep="   ", flush=True)
 

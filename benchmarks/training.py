@@ -83,6 +83,7 @@ def main() -> None:
 
 
 def compare_speed(parts: list[str], steps: int) -> None:
+    """Packed training beside a Trainer, beside the machine's own matrix products, and how long it waits for batches."""
     stream = mixture()
     ours = train_packed(stream, steps)
     if "packing" in parts:
@@ -198,6 +199,7 @@ def loss_of(model: BlockEmu3ForCausalLM, batch: Batch, step: int) -> tuple[torch
 
 
 def compare_memory() -> None:
+    """The head with all logits and by slices of the vocabulary, each in a process of its own."""
     found = {}
     for name in ("whole", "sliced"):
         command = [sys.executable, "-m", "benchmarks.training", "--child", name]
@@ -237,6 +239,7 @@ def product_rate() -> float:
 
 
 def new_model() -> BlockEmu3ForCausalLM:
+    """The model that is measured, from a fixed seed."""
     torch.manual_seed(0)
     return BlockEmu3ForCausalLM(build_config(VOCABULARY, **SIZES, block_hidden=512))
 

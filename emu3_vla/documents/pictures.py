@@ -228,6 +228,7 @@ def read_image(name: str, codes: np.ndarray, rows: int, columns: int, block_size
 
 
 def pictures_of(vocabulary: Vocabulary) -> CompactPictures | Emu3Pictures:
+    """How this vocabulary writes images and videos."""
     return CompactPictures(vocabulary) if isinstance(vocabulary, CompactVocabulary) else Emu3Pictures(vocabulary)
 
 

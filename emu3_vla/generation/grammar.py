@@ -278,5 +278,6 @@ def _choice(labels: list[Label], number: int) -> Choice:
 
 
 def require(holds: bool, message: str) -> None:
+    """Raise GrammarError with this message unless it holds."""
     if not holds:
         raise GrammarError(message)

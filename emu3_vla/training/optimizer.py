@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from emu3_vla.vision_tokenizer.muon import orthogonalise
+from emu3_vla.muon import orthogonalise
 
 HEADS = ("lm_head", "head")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -198,7 +198,7 @@ class Muon:
     """Muon over a flat buffer of matrices: momentum whose singular values are all made one, so that every direction learns equally fast.
 
     weights, gradient: float32 (p,), views of those of all parameters. Each process orthogonalises a share of the matrices.
-    Source: see vision_tokenizer.muon.
+    Source: see emu3_vla.muon.
     """
 
     MOMENTUM = 0.95

@@ -29,6 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from emu3_vla.data.episodes import EpisodeStore, split_shards, write_text_atomic
+from emu3_vla.muon import Muon
 from emu3_vla.vision_tokenizer.base import KINDS, VisionTokenizer
 from emu3_vla.vision_tokenizer.codebook import Quantised, TrainingCodebook, perplexity
 from emu3_vla.vision_tokenizer.discriminator import Discriminator, DiscriminatorConfig, adaptive_weight, hinge_loss
@@ -37,7 +38,6 @@ from emu3_vla.vision_tokenizer.frames import Frames, Source, load_frames
 from emu3_vla.vision_tokenizer.light import LightConfig, LightTokenizer
 from emu3_vla.vision_tokenizer.losses import LossConfig, reconstruction_loss
 from emu3_vla.vision_tokenizer.measure import Measurement, measure, save_pictures
-from emu3_vla.vision_tokenizer.muon import Muon
 from emu3_vla.vision_tokenizer.perceptual import Perceptual, build_perceptual
 from emu3_vla.vision_tokenizer.state import TrainingState
 from envs.spec import RGB_GRIPPER, RGB_STATIC

@@ -15,13 +15,13 @@ import torch
 
 from emu3_vla import cli
 from emu3_vla.data.episodes import EpisodeStore
+from emu3_vla.muon import orthogonalise
 from emu3_vla.vision_tokenizer import VisionTokenizer, VisionTokenizerError
 from emu3_vla.vision_tokenizer import train as training
 from emu3_vla.vision_tokenizer.discriminator import DiscriminatorConfig
 from emu3_vla.vision_tokenizer.emu3 import Emu3Config
 from emu3_vla.vision_tokenizer.light import LightConfig
 from emu3_vla.vision_tokenizer.losses import LossConfig, foreground, psnr, reconstruction_loss
-from emu3_vla.vision_tokenizer.muon import orthogonalise
 from emu3_vla.vision_tokenizer.train import TrainingDiverged, TrainTokenizerConfig, main
 from envs.spec import Episode
 

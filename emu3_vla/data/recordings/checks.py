@@ -222,4 +222,5 @@ def gripper_of(recording: Recording, schema: Schema) -> np.ndarray | None:
 
 
 def damaged(number: int, error: RecordingError) -> Finding:
+    """An episode that could not be read, as a finding."""
     return Finding(episode=number, kind="damaged", what=str(error))

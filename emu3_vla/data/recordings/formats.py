@@ -64,5 +64,6 @@ def open_dataset(folder: str | Path) -> Source:
 
 
 def require_pyarrow() -> None:
+    """Raise ValueError, with what to install, where LeRobot's tables cannot be read."""
     if importlib.util.find_spec("pyarrow") is None:
         raise ValueError("LeRobot datasets need pyarrow: pip install 'emu3-vla[data]'")

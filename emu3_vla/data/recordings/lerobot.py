@@ -411,4 +411,5 @@ def _our_episodes(path: Path, count: int) -> list[dict[str, Any]]:
 
 
 def episodes_in_order(parts: list[tuple[Part, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Records of the episodes of all parts, part after part."""
     return [episode for _, written in parts for episode in written["episodes"]]

@@ -26,6 +26,8 @@ TASKS, EPISODES, STATISTICS = "meta/tasks.jsonl", "meta/episodes.jsonl", "meta/e
 
 
 class Source(LeRobotSource):
+    """A v2.1 dataset: a table and videos per episode, metadata as JSON lines."""
+
     format = "lerobot_v2.1"
 
     def _read_metadata(self) -> tuple[dict[int, str], list[int], list[tuple[str, ...]]]:
@@ -47,6 +49,8 @@ class Source(LeRobotSource):
 
 
 class Target(LeRobotTarget):
+    """Writes v2.1."""
+
     format = "lerobot_v2.1"
     version = "v2.1"
     steps_per_part = 1  # every episode has files of its own

@@ -30,6 +30,8 @@ TASK_COLUMN = "__index_level_0__"
 
 
 class Source(LeRobotSource):
+    """A v3.0 dataset: several episodes to a table and to a video, metadata as parquet."""
+
     format = "lerobot_v3.0"
 
     def _read_metadata(self) -> tuple[dict[int, str], list[int], list[tuple[str, ...]]]:
@@ -74,6 +76,8 @@ class Source(LeRobotSource):
 
 
 class Target(LeRobotTarget):
+    """Writes v3.0."""
+
     format = "lerobot_v3.0"
     version = "v3.0"
     steps_per_part = 20_000  # minutes of writing, and files of some tens of megabytes

@@ -63,6 +63,8 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class RotationPiece(Piece):
+    """Entries that are a rotation. form: how it is written; quaternions name the order of their parts."""
+
     form: Literal["euler_xyz", "axis_angle", "quaternion_xyzw", "quaternion_wxyz"] = "euler_xyz"
 
 
@@ -162,6 +164,7 @@ def load_mapping(name: str) -> tuple[Mapping, str]:
 
 
 def parse_mapping(text: str, name: str) -> Mapping:
+    """The mapping in a YAML text. name: what errors call it. Raises MappingError."""
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -48,6 +48,7 @@ def numpy_to_column(values: np.ndarray, column: Column) -> pa.Array:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """A file of JSON. Raises RecordingError where it is missing, damaged or cut short."""
     if not path.is_file():
         raise RecordingError(f"{path} is missing")
     try:

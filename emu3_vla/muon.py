@@ -1,4 +1,4 @@
-"""Muon for convolutions: momentum whose singular values are all made one, so every direction of a layer learns at the same speed.
+"""Muon: momentum whose singular values are all made one, so every direction of a layer learns at the same speed.
 
 Source: Keller Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024), with its quintic Newton-Schulz
 coefficients; a convolution's kernel (out, in, rows, columns) is taken as the matrix (out, in * rows * columns).
