@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/decoding.py
     OMP_NUM_THREADS=1 python benchmarks/decoding.py --dtype bfloat16 --repeats 5
 
-A random decoder of 15 M parameters, batch 1. Every way must write the same ids, or the run fails. Processor time; the ways take turns, and
-the least of each counts, so that other programs disturb little (what they take of the memory's bandwidth, they take from all).
+A random decoder of 15 M parameters, batch 1. Our ways must write the same ids, or the run fails; where Transformers writes others is
+printed. Processor time; the ways take turns, and the least of each counts, so that other programs disturb little (what they take of the
+memory's bandwidth, they take from all).
 
 token      16 ids behind a prompt of 200, the prompt's own time taken off: milliseconds an id
 chunk      an action chunk of 16 ids behind a prompt of 200 whose last 8 ids are new since the chunk before, as a control step's are.
@@ -106,9 +107,9 @@ def token(ways: Ways, repeats: int) -> None:
         },
         repeats,
     )
-    assert answers["theirs"].ids == answers["ours"].ids
+    note = agreement(answers["theirs"], answers["ours"])
     each = {name: (least[name] - least[f"{name} 1"]) / (CHUNK - 1) for name in ("theirs", "ours")}
-    report("token", each["theirs"], {"ours": each["ours"]})
+    report("token", each["theirs"], {"ours": each["ours"]}, note)
     report("prompt", least["theirs 1"], {"ours": least["ours 1"]})
 
 
@@ -131,10 +132,10 @@ def chunk(ways: Ways, repeats: int) -> None:
             answers[name] = call(prompt)
             if number > 1:
                 least[name] = min(least[name], (time.process_time() - began) * 1e3)
-        assert len({tuple(answer.ids) for answer in answers.values()}) == 1
+        note = agreement(*answers.values())
         known.add(answers["theirs"].ids)
         passes = answers["parallel"].forwards
-    report("chunk", least.pop("theirs"), least, f"{passes} passes for {CHUNK} ids")
+    report("chunk", least.pop("theirs"), least, f"{passes} passes for {CHUNK} ids", note)
 
 
 def image(ways: Ways, repeats: int) -> None:
@@ -150,14 +151,22 @@ def image(ways: Ways, repeats: int) -> None:
         },
         repeats,
     )
-    assert len({tuple(answer.ids) for answer in answers.values()}) == 1
-    report("image", least.pop("theirs"), least, f"{answers['parallel'].forwards} passes for {len(answers['parallel'].ids)} ids")
+    passes = f"{answers['parallel'].forwards} passes for {len(answers['parallel'].ids)} ids"
+    report("image", least.pop("theirs"), least, passes, agreement(*answers.values()))
 
 
-def report(what: str, theirs: float, ours: dict[str, float], note: str = "") -> None:
+def agreement(theirs: Result, *ours: Result) -> str:
+    """How far the ids are the same. Ours must be, whatever the way; Transformers rounds otherwise, and in bfloat16 may choose otherwise."""
+    assert all(answer.ids == ours[0].ids for answer in ours), "ours differ: parallel decoding is not lossless"
+    pairs = list(zip(theirs.ids, ours[0].ids, strict=False))
+    same = next((at for at, (left, right) in enumerate(pairs) if left != right), len(pairs))
+    return "same ids" if theirs.ids == ours[0].ids else f"the first {same} ids are the same"
+
+
+def report(what: str, theirs: float, ours: dict[str, float], *notes: str) -> None:
     """Print milliseconds, and ours as ratios to theirs."""
     each = [f"{name} {ms:8.2f} ms, {theirs / ms:5.1f}×" for name, ms in ours.items()]
-    print(f"{what:8} transformers {theirs:9.2f} ms", *each, note, sep="   ", flush=True)
+    print(f"{what:8} transformers {theirs:9.2f} ms", *each, *notes, sep="   ", flush=True)
 
 
 def main() -> None:
