@@ -124,3 +124,16 @@ def test_wrong_options_are_named(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"view=true shows the episodes of rerun=\[…\]; name some"):
         InspectConfig(dataset=str(folder), view=True)
     assert list(Comparison.empty().findings()) == []
+
+
+def test_what_rests_may_tremble(tmp_path):
+    """A step that is large beside an episode's others is no jump where the same number moves a hundred times as far elsewhere."""
+
+    def spoil(number, columns):
+        if number == 0:
+            still = columns["observation.state"][:, 1]
+            still[:] = still[0] + np.linspace(0, 1e-3, len(still))
+            still[20:] += 0.5  # mm
+
+    arm = ForeignArm(lengths=[40, 45, 42], spoil=spoil)
+    assert found(arm.write(tmp_path / "arm", "v3.0", steps_per_part=60)) == {}

@@ -20,7 +20,8 @@ CHANGED_LEVELS = 12  # a pixel that differs by more from one frame to the next h
 CHANGED_SHARE = 0.002  # of the pixels; fewer that change are no motion
 MOVED = 0.05  # while some state changes by this share of its range
 JUMP_TIMES = 12.0  # a step so many times its entry's larger ones (95th percentile)
-JUMP_SHARE = 0.15  # and at least this share of the episode's range
+JUMP_SHARE = 0.15  # and at least this share of the entry's range over all episodes: what rests trembles by less
+FINGERS = ("robot_obs", 6)  # CALVIN's fingers close within a step or two
 COARSE = 4  # every so many pixels are compared
 GRIPPER_MOVES_IN = 0.5  # a gripper that does not move is suspicious where it moves in this share of the other episodes
 SHORT_SHARE = 0.2  # of the median length
@@ -43,7 +44,6 @@ def findings_in(source: Source, recording: Recording, number: int, frames: bool)
     """Everything but what only a comparison with other episodes shows."""
     yield from _not_finite(recording, number)
     yield from _clock(recording, source.schema, number)
-    yield from _jumps(recording, number)
     if not any(sentence.strip() for sentence in recording.instructions):
         yield Finding(episode=number, kind="no instruction", what="nothing says what was asked for")
     if isinstance(source, LeRobotSource):
@@ -98,17 +98,33 @@ def _video_clocks(source: LeRobotSource, number: int) -> Iterator[Finding]:
             yield Finding(episode=number, kind="clock", what=what, step=int(steps[worst]))
 
 
-def _jumps(recording: Recording, number: int) -> Iterator[Finding]:
+@dataclass(frozen=True, kw_only=True)
+class _Jump:
+    """A value that is suddenly elsewhere. size: by how much, a range of its entry's."""
+
+    name: str
+    entry: int
+    size: float
+    finding: Finding
+
+
+def _entries(recording: Recording) -> Iterator[tuple[str, int, np.ndarray]]:
+    """Every number that an episode records, as float64 (T,)."""
     for name, values in recording.columns.items():
-        if values.dtype.kind != "f" or len(values) < 8:
+        if values.dtype.kind == "f" and len(values) >= 8:
+            flat = values.reshape(len(values), -1).astype(np.float64)
+            yield from ((name, entry, flat[:, entry]) for entry in range(flat.shape[1]))
+
+
+def _jumps(recording: Recording, schema: Schema, number: int) -> Iterator[_Jump]:
+    for name, entry, values in _entries(recording):
+        step = _jump(values)
+        if step is None or (schema.canonical and (name, entry) == FINGERS):
             continue
-        flat = values.reshape(len(values), -1).astype(np.float64)
-        for entry in range(flat.shape[1]):
-            step = _jump(flat[:, entry])
-            if step is not None:
-                before, after = flat[step - 1, entry], flat[step, entry]
-                what = f"{name}[{entry}] goes from {before:.4g} to {after:.4g} in one step"
-                yield Finding(episode=number, kind="jump", what=what, step=step)
+        before, after = values[step - 1], values[step]
+        what = f"{name}[{entry}] goes from {before:.4g} to {after:.4g} in one step"
+        finding = Finding(episode=number, kind="jump", what=what, step=step)
+        yield _Jump(name=name, entry=entry, size=abs(after - before), finding=finding)
 
 
 def _jump(values: np.ndarray) -> int | None:
@@ -117,8 +133,7 @@ def _jump(values: np.ndarray) -> int | None:
         return None
     moved = np.abs(np.diff(values))
     moved[np.abs(moved - 2 * np.pi) < 0.2] = 0
-    usual, span = np.percentile(moved, 95), np.ptp(values)
-    far = (moved > JUMP_TIMES * usual) & (moved > JUMP_SHARE * span) & (moved > 1e-9)
+    far = (moved > JUMP_TIMES * np.percentile(moved, 95)) & (moved > 1e-9)
     return int(np.argmax(far)) + 1 if far.any() else None
 
 
@@ -166,20 +181,30 @@ def _moves(recording: Recording, first: int, last: int) -> bool:
 
 @dataclass(kw_only=True)
 class Comparison:
-    """What only all episodes together show: duplicates, grippers that never move, episodes that are much too short."""
+    """What only all episodes together show: duplicates, jumps, grippers that never move, episodes that are much too short.
+
+    bounds: least and greatest of each entry of each column.
+    """
 
     seen: dict[str, int]
     lengths: dict[int, int]
     still_gripper: list[int]
+    jumps: list[_Jump]
+    bounds: dict[tuple[str, int], tuple[float, float]]
     with_gripper: int = 0
 
     @classmethod
     def empty(cls) -> Comparison:
-        return cls(seen={}, lengths={}, still_gripper=[])
+        return cls(seen={}, lengths={}, still_gripper=[], jumps=[], bounds={})
 
     def add(self, recording: Recording, schema: Schema, number: int) -> Iterator[Finding]:
         """Take note of an episode; yields a finding where an earlier one is the same."""
         self.lengths[number] = len(recording)
+        self.jumps += _jumps(recording, schema, number)
+        for name, entry, values in _entries(recording):
+            if len(known := values[np.isfinite(values)]):
+                low, high = self.bounds.get((name, entry), (np.inf, -np.inf))
+                self.bounds[name, entry] = min(low, known.min()), max(high, known.max())
         commands = [recording.columns[name] for name in sorted(recording.columns) if is_action(name)]
         if commands:
             digest = hashlib.sha256(b"".join(np.ascontiguousarray(values).tobytes() for values in commands)).hexdigest()
@@ -193,6 +218,10 @@ class Comparison:
                 self.still_gripper.append(number)
 
     def findings(self) -> Iterator[Finding]:
+        for jump in self.jumps:
+            low, high = self.bounds[jump.name, jump.entry]
+            if jump.size > JUMP_SHARE * (high - low):
+                yield jump.finding
         moving = self.with_gripper - len(self.still_gripper)
         if self.with_gripper and moving / self.with_gripper >= GRIPPER_MOVES_IN:
             for number in self.still_gripper:
