@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 FILE = "tokenizer.json"
 BYTES = 256
@@ -30,16 +30,15 @@ class TextTokenizer:
         self.vocab_size = bpe.get_vocab_size()
 
     @classmethod
-    def fit(cls, sentences: Iterable[str], *, vocab_size: int = 512) -> TextTokenizer:
+    def fit(cls, sentences: Iterable[str], *, vocab_size: int = 512, words: Sequence[str] = ()) -> TextTokenizer:
         """Fit on sentences; their order and repetitions do not matter. The vocabulary is smaller where they hold too little.
 
+        words: have one id each beside the `vocab_size`, wherever they stand, such as "<x 17>".
         Raises TextTokenizerError for no sentences or a vocabulary below 256.
         """
         sentences = sorted(set(sentences))
         if not sentences or vocab_size < BYTES:
-            raise TextTokenizerError(
-                f"fit on {len(sentences)} sentences with vocab_size={vocab_size}; expected at least one and {BYTES}"
-            )
+            raise TextTokenizerError(f"fit on {len(sentences)} sentences with vocab_size={vocab_size}; expected at least one and {BYTES}")
         bpe = Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         bpe.decoder = decoders.ByteLevel()
@@ -50,6 +49,7 @@ class TextTokenizer:
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         )
         bpe.train_from_iterator((f" {sentence}" for sentence in sentences), trainer=trainer)
+        bpe.add_tokens([AddedToken(word, lstrip=True, normalized=False) for word in words])
         return cls(bpe)
 
     @classmethod

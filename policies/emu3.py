@@ -5,7 +5,7 @@
     actions = policy.infer(observation)["actions"]     # float32 (10, 7)
 
 What the model reads is one document, as in training: the instruction, then up to `history` past chunks (both images and the actions
-that were written), then both images of now.
+that were written), then both images of now; before actions, the arm's state in words where the model was trained so.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from emu3_vla.data.tokens import content_hash
 from emu3_vla.documents import ActionChunk, Image, Segment, Text, collate, length_of
 from emu3_vla.generation.actions import ActionWriter
 from emu3_vla.generation.cache import CachedSequence, CachedTrunk
-from envs.spec import COMMITTED_ACTIONS, GRIPPER_CLOSE, GRIPPER_OPEN
+from emu3_vla.state_words import StateWords
+from envs.spec import COMMITTED_ACTIONS, GRIPPER_CLOSE, GRIPPER_OPEN, ROBOT_OBS
 from policies.chunking import JOIN_CORRELATION, check_committed, join_gap, rejoin
 from policies.codes import checked_codes
 
@@ -70,7 +71,9 @@ class Emu3Policy:
         if not 0 <= self.history <= settings.trained_history:
             raise ValueError(f"history is {history}, expected 0 to {settings.trained_history}: {folder} was trained with no more")
         self.name = Path(folder).resolve().name
-        self.requires = frozenset(grid.name for grid in vocabulary.images)
+        words = StateWords.of(settings.state) if settings.state else None
+        self.states = words.spelled(self.checkpoint.text_tokenizer.encode) if words else None
+        self.requires = frozenset(grid.name for grid in vocabulary.images) | ({ROBOT_OBS} if words else frozenset())
         self.vision_tokenizer = {
             "fingerprint": content_hash(self.checkpoint.folder / VISION),
             "codebook_size": vocabulary.codebook_size,
@@ -104,6 +107,10 @@ class Emu3Policy:
         """
         return self._alone.infer(observation)
 
+    def look(self, observation: dict[str, np.ndarray]) -> list[Segment]:
+        """What a document has of this moment before its actions: images as codes, and the arm's state where it is said."""
+        return self._alone.look(observation)
+
     @torch.inference_mode()
     def infer_many(self, sessions: Sequence[Session], observations: Sequence[dict[str, np.ndarray]]) -> list[dict[str, Any]]:
         """What each session's `infer` would answer. Pictures are read session by session; prompts are read together and action ids written
@@ -115,10 +122,10 @@ class Emu3Policy:
         timing: dict[str, float] = {}
         try:
             with _timed(timing, "encode"):
-                images = [session.look(observation) for session, observation in zip(sessions, observations, strict=True)]
+                looks = [session.look(observation) for session, observation in zip(sessions, observations, strict=True)]
                 committed = [self._committed(observation) for observation in observations]
             with _timed(timing, "prefill"):
-                parts = [(session.sequence, session.unread(seen)) for session, seen in zip(sessions, images, strict=True)]
+                parts = [(session.sequence, session.unread(seen)) for session, seen in zip(sessions, looks, strict=True)]
                 states = torch.stack([states_nH[-1] for states_nH in self._trunk.extend_each(parts)])
             with _timed(timing, "decode"):
                 sequences, generators = [session.sequence for session in sessions], [session.generator for session in sessions]
@@ -131,7 +138,7 @@ class Emu3Policy:
                 session.restore(state)
             raise
         answers = []
-        for session, seen, chunk, ahead, made in zip(sessions, images, written, committed, decoded, strict=True):
+        for session, seen, chunk, ahead, made in zip(sessions, looks, written, committed, decoded, strict=True):
             actions, clipped, coefficients = made
             session.remember([*seen, ActionChunk(chunk.ids)])
             answers.append(
@@ -154,7 +161,8 @@ class Emu3Policy:
         vocabulary = self.checkpoint.vocabulary
         images = sum(1 + vocabulary.blocks(grid.name) for grid in vocabulary.images)
         # Every action id stands for at least one coefficient or half a two-byte one, so this many positions always suffice.
-        chunk = images + 2 + 2 * self._shape["horizon"] * self._shape["action_dim"]
+        said = self.states.most_ids if self.states else 0
+        chunk = images + said + 2 + 2 * self._shape["horizon"] * self._shape["action_dim"]
         return self._trunk.sequence(1 + MAX_TEXT_IDS + (self.history + 1) * chunk)
 
     def _committed(self, observation: dict[str, np.ndarray]) -> np.ndarray | None:
@@ -167,9 +175,7 @@ class Emu3Policy:
         if committed is None:
             return None
         normalised_nA = self.checkpoint.normalizer.normalize(committed)
-        return self.checkpoint.action_tokenizer.committed(
-            normalised_nA, horizon=self._shape["horizon"], correlation=JOIN_CORRELATION
-        )
+        return self.checkpoint.action_tokenizer.committed(normalised_nA, horizon=self._shape["horizon"], correlation=JOIN_CORRELATION)
 
     def _actions(self, ids: list[int]) -> tuple[np.ndarray, int, np.ndarray]:
         """Actions of the ids, float32 (horizon, 7) within [-1, 1]; how many values had to be clipped to that; DCT coefficients."""
@@ -222,8 +228,9 @@ class Session:
         self.sequence.truncate(state[0])
         self.generator.set_state(state[1])
 
-    def look(self, observation: dict[str, np.ndarray]) -> list[Image]:
-        """Codes of the cameras' images, in stream order; where an observation has the codes, those."""
+    def look(self, observation: dict[str, np.ndarray]) -> list[Segment]:
+        """What the document has of a moment: codes of the cameras' images, in stream order (where an observation has the codes, those), and
+        the arm's state where it is said."""
         if self._text is None:
             raise ValueError("infer was called before reset; tell the policy the instruction first")
         checkpoint, images = self.policy.checkpoint, []
@@ -236,12 +243,20 @@ class Session:
                 raise ValueError(f"the observation has no {grid.name!r}, only {', '.join(sorted(observation))}; this policy requires it")
             codes = checkpoint.vision_tokenizer.encode_camera(grid.name, np.asarray(observation[grid.name])[None])
             images.append(Image(grid.name, codes[0].cpu().numpy()))
-        return images
+        return [*images, *self._felt(observation)]
 
-    def unread(self, images: list[Image]) -> torch.Tensor:
+    def _felt(self, observation: dict[str, np.ndarray]) -> list[Text]:
+        states = self.policy.states
+        if states is None:
+            return []
+        if ROBOT_OBS not in observation:
+            raise ValueError(f"the observation has no {ROBOT_OBS!r}, only {', '.join(sorted(observation))}; this policy requires it")
+        return [Text(states.ids(states.words.numbers(observation[ROBOT_OBS])))]
+
+    def unread(self, seen: list[Segment]) -> torch.Tensor:
         """Embeddings of the document up to "begin of action", as far as the cache does not hold it yet: (n, H)."""
         model, vocabulary = self.policy.checkpoint.model, self.policy.checkpoint.vocabulary
-        document = [self._text, *(segment for chunk in self._past for segment in chunk), *images]
+        document = [self._text, *(segment for chunk in self._past for segment in chunk), *seen]
         batch = collate([document], vocabulary).to(model.device)
         embedded = model.embed(batch)[0, : length_of(document, vocabulary)]
         begin = model.model.embed_tokens.weight[vocabulary.begin_action][None]

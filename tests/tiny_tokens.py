@@ -7,6 +7,7 @@ import torch
 
 from action_tokenizer import ActionNormalizer, FastTokenizer
 from emu3_vla.data.tokens import ACTION, NORMALIZER, TEXT, VISION, Asked, TokenizedEpisode, TokenStore
+from emu3_vla.state_words import StateWords
 from emu3_vla.text import TextTokenizer
 from emu3_vla.vision_tokenizer.light import LightConfig, LightTokenizer
 from envs.spec import RGB_GRIPPER, RGB_STATIC
@@ -14,11 +15,12 @@ from envs.spec import RGB_GRIPPER, RGB_STATIC
 HORIZON, SPACING, FRAMES = 10, 5, 9
 WORDINGS = {"left": ["go left", "move to the left"], "right": ["go right", "move to the right"]}
 SPEEDS = ("stands.", "goes.", "runs.", "flies.")
+STATE = StateWords(("x", "width"), (0.0, 0.0), (1.0, 0.08), bins=8)
 LIGHT = LightConfig(codebook_size=32, channels=(8, 8), encoder_blocks=(0, 0), decoder_blocks=(0, 0))
 
 
-def tiny_store(folder: Path, shards: int = 4, episodes_per_shard: int = 10, asked: bool = False) -> TokenStore:
-    """Write the store and return it. asked: with one question about every frame."""
+def tiny_store(folder: Path, shards: int = 4, episodes_per_shard: int = 10, asked: bool = False, felt: bool = False) -> TokenStore:
+    """Write the store and return it. asked: with one question about every frame. felt: with the arm's state, which says the speed too."""
     random = np.random.default_rng(0)
     torch.manual_seed(0)
     LightTokenizer(LIGHT).eval().save_pretrained(folder / VISION)
@@ -28,7 +30,9 @@ def tiny_store(folder: Path, shards: int = 4, episodes_per_shard: int = 10, aske
     chunks = np.concatenate([normalizer.normalize(episode["chunks"]) for shard in recorded for episode in shard])
     action = FastTokenizer.fit(chunks, scale=10, vocab_size=300)
     action.save_pretrained(folder / ACTION)
-    text = TextTokenizer.fit([*(sentence for task in WORDINGS.values() for sentence in task), *SPEEDS], vocab_size=280)
+    text = TextTokenizer.fit(
+        [*(sentence for task in WORDINGS.values() for sentence in task), *SPEEDS], vocab_size=280, words=STATE.words if felt else ()
+    )
     text.save_pretrained(folder / TEXT)
     metadata = {
         "horizon": HORIZON,
@@ -40,12 +44,13 @@ def tiny_store(folder: Path, shards: int = 4, episodes_per_shard: int = 10, aske
         "wordings": WORDINGS,
         "questions": "tiny_tokens:nobody" if asked else "",
         "shards": list(range(shards)),
+        **({"state": STATE.fields()} if felt else {}),
         "source": {"totals": {"episodes": shards * episodes_per_shard}},
     }
     store = TokenStore.create(folder, metadata)
     for index, shard in enumerate(recorded):
         encode = text.encode if asked else None
-        store.write_shard(index, [_tokenized(episode, index, action, normalizer, encode) for episode in shard])
+        store.write_shard(index, [_tokenized(episode, index, action, normalizer, encode, felt) for episode in shard])
     return store
 
 
@@ -61,7 +66,14 @@ def _episode(random: np.random.Generator) -> dict:
     return {"task": task, "speeds": speeds, "chunks": chunks, "noise": random.integers(0, 2, (FRAMES, 16, 16))}
 
 
-def _tokenized(episode: dict, shard: int, action: FastTokenizer, normalizer: ActionNormalizer, encode) -> TokenizedEpisode:
+def state_of(speed: int) -> np.ndarray:
+    """The arm's state that goes with a speed."""
+    robot_obs = np.zeros(15)
+    robot_obs[[0, 6]] = speed / 4, 0.01
+    return robot_obs
+
+
+def _tokenized(episode: dict, shard: int, action: FastTokenizer, normalizer: ActionNormalizer, encode, felt: bool) -> TokenizedEpisode:
     static = (8 * episode["speeds"][:, None, None] + episode["noise"]).astype(np.uint16)
     return TokenizedEpisode(
         task=episode["task"],
@@ -73,6 +85,7 @@ def _tokenized(episode: dict, shard: int, action: FastTokenizer, normalizer: Act
         action_ids=action.encode(normalizer.normalize(episode["chunks"])),
         chunk_imitate=np.arange(FRAMES) != 3,
         asked=Asked.of([[(encode("how fast?"), encode(SPEEDS[speed]))] for speed in episode["speeds"]]) if encode else None,
+        state_FS=np.stack([STATE.numbers(state_of(speed)) for speed in episode["speeds"]]) if felt else None,
     )
 
 

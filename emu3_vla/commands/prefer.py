@@ -190,15 +190,10 @@ class _Recorder:
         self._chunks = []
 
     def infer(self, observation: dict[str, np.ndarray]) -> dict:
-        from emu3_vla.documents import ActionChunk, Image
+        from emu3_vla.documents import ActionChunk
 
         answer = self.policy.infer(observation)
-        vision = self.policy.checkpoint.vision_tokenizer
-        images = []
-        for grid in self.policy.checkpoint.vocabulary.images:
-            codes = vision.encode_camera(grid.name, np.asarray(observation[grid.name])[None])
-            images.append(Image(grid.name, codes[0].cpu().numpy()))
-        self._chunks.append([*images, ActionChunk(answer["token_ids"])])
+        self._chunks.append([*self.policy.look(observation), ActionChunk(answer["token_ids"])])
         return answer
 
     def written(self) -> list:

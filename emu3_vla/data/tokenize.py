@@ -42,6 +42,7 @@ from emu3_vla.data.tokens import (
     TokenStore,
     content_hash,
 )
+from emu3_vla.state_words import StateWords, check_names
 from emu3_vla.text import TextTokenizer
 from envs.spec import ACTION_DIM, CAMERAS, RGB_GRIPPER, RGB_STATIC, Episode
 
@@ -66,7 +67,8 @@ class TokenizeConfig:
     action_range: str = "minmax"  # of a fitted normaliser: minmax, quantile or meanstd; see action_tokenizer.ActionNormalizer
     action_scale: float = 7.0  # of a fitted FAST: larger is finer and longer
     action_vocab_size: int = 1024
-    text_vocab_size: int = 1024  # at most
+    text_vocab_size: int = 1024  # at most, without the words of `state`
+    state: tuple[str, ...] = ()  # entries of the arm's state that are said before its actions: x, y, z, roll, pitch, yaw, width
     questions: str = ""  # "module:Class" that asks about the frames and answers; empty: nobody asks
     workers: int = 2  # processes, one thread each
 
@@ -78,6 +80,8 @@ class TokenizeConfig:
             raise ValueError("action_tokenizer and normalizer belong together: give both, or neither to have both fitted")
         if self.questions and not PLUG_IN.fullmatch(self.questions):
             raise ValueError(f"questions is {self.questions!r}, expected module:Class, such as envs.calvin.questions:Questions")
+        if self.state:
+            check_names(self.state)
         if not self.stores:
             raise ValueError("episodes names no episode store")
 
@@ -211,9 +215,14 @@ def _windows(values: np.ndarray, starts: np.ndarray, horizon: int) -> np.ndarray
 
 
 def tokenize_episode(
-    episode: Episode, shard: int, tokenizers: Tokenizers, horizon: int, asker: Questioner | None = None
+    episode: Episode,
+    shard: int,
+    tokenizers: Tokenizers,
+    horizon: int,
+    asker: Questioner | None = None,
+    state_words: StateWords | None = None,
 ) -> TokenizedEpisode:
-    """All frames of one episode, the chunk that begins at each, and what `asker` asks about it."""
+    """All frames of one episode, the chunk that begins at each, what `asker` asks about it, and the arm's state in numbers of words."""
     chunks = tokenizers.normalizer.normalize(chunks_of(episode.actions, episode.frame_step, horizon))
     return TokenizedEpisode(
         task=episode.task,
@@ -225,6 +234,7 @@ def tokenize_episode(
         action_ids=tokenizers.action.encode(chunks) if len(chunks) else [],
         chunk_imitate=own_chunks(episode.imitate, episode.frame_step, horizon),
         asked=_asked(episode, tokenizers, asker) if asker else None,
+        state_FS=state_words.numbers(episode.robot_obs[episode.frame_step]) if state_words else None,
     )
 
 
@@ -255,7 +265,8 @@ def _tokenize_shard(job: tuple[str, int, str, int]) -> int:
     horizon = store.metadata["horizon"]
     source, dotted = EpisodeStore.open(episodes), store.metadata.get("questions", "")
     asker = questioner(dotted)(source.metadata["scene"]) if dotted else None
-    tokenized = [tokenize_episode(e, number, tokenizers, horizon, asker) for e in source.read_shard(index)]
+    words = store.state_words
+    tokenized = [tokenize_episode(e, number, tokenizers, horizon, asker, words) for e in source.read_shard(index)]
     store.write_shard(number, tokenized)
     return sum(len(episode.frame_step) for episode in tokenized)
 
@@ -284,9 +295,23 @@ def _open_or_start(config: TokenizeConfig, sources: Sources) -> TokenStore:
         _copy(path, output / name)
     if ACTION not in given:
         _fit_action_tokenizer(config, sources, output)
+    state_words = _state_words(config, sources)
     if TEXT not in given:
-        TextTokenizer.fit(_sentences(config, sources), vocab_size=config.text_vocab_size).save_pretrained(output / TEXT)
-    return TokenStore.create(output, _metadata(config, sources, output))
+        words = state_words.words if state_words else ()
+        text = TextTokenizer.fit(_sentences(config, sources), vocab_size=config.text_vocab_size, words=words)
+        text.save_pretrained(output / TEXT)
+    said = {"state": state_words.fields()} if state_words else {}
+    return TokenStore.create(output, _metadata(config, sources, output) | said)
+
+
+def _state_words(config: TokenizeConfig, sources: Sources) -> StateWords | None:
+    """How the arm's state is said: over the range that the episodes have."""
+    if not config.state:
+        return None
+    columns = sources.columns(("robot_obs", "frame_step"))
+    if not columns:
+        raise ValueError(f"{sources} holds no episode; collect some before tokenizing")
+    return StateWords.fit(np.concatenate([episode["robot_obs"] for episode in columns]), config.state)
 
 
 def _require_scenes(config: TokenizeConfig, sources: Sources) -> None:

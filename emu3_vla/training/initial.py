@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+import yaml
 
 from emu3_vla import attention, checkpoint
 from emu3_vla.data.tokens import VISION, content_hash, hashes
 from emu3_vla.model import BlockEmu3ForCausalLM, PlainEmu3ForCausalLM, build_config, build_plain_config
+from emu3_vla.state_words import SpelledStates
 from emu3_vla.training.source import Source
 from emu3_vla.vocabulary import CompactVocabulary, Emu3Vocabulary, load_vocabulary
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from emu3_vla.training.loop import TrainConfig
 
 PLACES = "blocks.places.weight"
+STATE_WAVES = 6
+"""Lengths of the waves that embeddings of the arm's state begin as: from four times the range, halved each time."""
 
 
 class ForeignTokens(ValueError):
@@ -34,6 +38,8 @@ def new_model(config: TrainConfig, source: Source) -> BlockEmu3ForCausalLM | Pla
     elif config.codes_from_tokenizer and isinstance(model, BlockEmu3ForCausalLM):
         vision = source.store.tokenizers().vision
         model.blocks.start_from_codebook(vision.vectors(torch.arange(vision.codebook_size)))
+    if source.store.state_words and not config.init_from:
+        start_states_smoothly(model.model.embed_tokens.weight, source.states())
     if isinstance(model, BlockEmu3ForCausalLM):
         model.blocks.codes.weight.requires_grad_(config.learn_codes)
     elif not config.learn_codes:
@@ -50,11 +56,10 @@ def outline(config: TrainConfig, source: Source) -> BlockEmu3ForCausalLM | Plain
     return BlockEmu3ForCausalLM(build_config(source.vocabulary, **config.model.arguments()))
 
 
-def _given_weights(
-    folder: Path, model: BlockEmu3ForCausalLM | PlainEmu3ForCausalLM, source: Source
-) -> dict[str, torch.Tensor]:
+def _given_weights(folder: Path, model: BlockEmu3ForCausalLM | PlainEmu3ForCausalLM, source: Source) -> dict[str, torch.Tensor]:
     given = load_vocabulary(folder / checkpoint.MODEL / checkpoint.VOCABULARY)
     require_same_tokens(folder, given, source)
+    _require_same_states(folder, source)
     if given == source.vocabulary:
         return checkpoint.load_weights(folder / checkpoint.MODEL, model.config, type(model))
     other_places = copy.deepcopy(model.config)
@@ -79,6 +84,32 @@ def require_same_tokens(folder: Path, given: CompactVocabulary | Emu3Vocabulary,
                 f"init_from={folder} was trained with another {name} (SHA-256 {found[name][:12]}…) than the token store {source.store} was "
                 f"written with ({digest[:12]}…); tokenize with the checkpoint's own: {name.removesuffix('.json')}={folder / name}"
             )
+
+
+@torch.no_grad()
+def start_states_smoothly(weight_VH: torch.Tensor, states: SpelledStates) -> None:
+    """Give neighbouring numbers of one entry of the arm's state embeddings that are alike, so that what is learnt of one holds near it.
+
+    They are waves of a few lengths over the entry's range, mixed at random. Where words take several ids, these stay as they are.
+    """
+    ids = states.single_ids()
+    if ids is None:
+        return
+    scale, width = weight_VH.std(), weight_VH.shape[1]
+    for row in torch.from_numpy(ids):
+        phases = torch.linspace(0, torch.pi, len(row))[:, None] * 2.0 ** torch.arange(-1, STATE_WAVES - 1)
+        waves = torch.cat([phases.sin(), phases.cos()], dim=1)
+        weight_VH[row] = scale * (waves @ torch.randn(waves.shape[1], width) / STATE_WAVES**0.5).to(weight_VH.dtype)
+
+
+def _require_same_states(folder: Path, source: Source) -> None:
+    settings = folder / checkpoint.POLICY
+    given = yaml.safe_load(settings.read_text()).get("state") if settings.exists() else None
+    wanted = source.store.metadata.get("state")
+    if given != wanted:
+        raise ForeignTokens(
+            f"init_from={folder} says the arm's state as {given}, the token store {source.store} as {wanted}; tokenize with the same"
+        )
 
 
 def stretched_places(weight_PH: torch.Tensor, given: CompactVocabulary, wanted: CompactVocabulary) -> torch.Tensor:

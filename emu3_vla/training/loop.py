@@ -65,6 +65,7 @@ class ModelSizes:
     max_position_embeddings: int = 2048
     block_size: int = 4  # a trunk position carries block_size² vision codes
     code_dim: int = 64
+    near_hidden: int = 0
     block_hidden: int = 512
     hide_codes: float = 0.0
     depth_size: int = 128
@@ -88,7 +89,8 @@ class ModelSizes:
 
     def plain_arguments(self) -> dict[str, Any]:
         """As keyword arguments of model.build_plain_config: without what blocks need."""
-        return {name: value for name, value in self.arguments().items() if not name.startswith(("block_", "code_", "hide_", "depth_"))}
+        of_blocks = ("near_", "block_", "code_", "hide_", "depth_")
+        return {name: value for name, value in self.arguments().items() if not name.startswith(of_blocks)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -376,6 +378,7 @@ def _export(
         horizon=source.horizon,
         action_dim=source.action_dim,
         temperature=config.temperature,
+        state=source.store.metadata.get("state"),
     )
     settings = dataclasses.asdict(config)
     settings.pop("output_dir")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emu3_vla.data.tokens import MANIFEST, TEXT, TokenizedEpisode, TokenStore, text_tokenizer
+from emu3_vla.state_words import SpelledStates
 from emu3_vla.training.kinds import Material
 from emu3_vla.training.mixture import MixtureStream
 from emu3_vla.training.stream import DocumentStream, encoded_wordings
@@ -53,6 +54,7 @@ class Source:
                 seed=config.seed,
                 asked_fraction=config.asked_fraction,
                 questions=config.questions,
+                states=self.states(),
             )
             for episodes in self.store.split(config.validation_fraction)
         )
@@ -68,8 +70,14 @@ class Source:
             chunks=config.chunks,
             moments=config.mixture.moments,
             questions=config.questions,
+            states=self.states(),
         )
         return MixtureStream(material, config.mixture.shares(), context=config.context, rows=config.batch_size, seed=config.seed)
+
+    def states(self) -> SpelledStates | None:
+        """How the arm's state is said in ids, where it is."""
+        words = self.store.state_words
+        return words.spelled(text_tokenizer(self.folder / TEXT).encode) if words else None
 
     def manifest(self) -> dict[str, Any]:
         """What a checkpoint's provenance says of the store."""

@@ -16,17 +16,20 @@ import numpy as np
 
 from emu3_vla.data.tokens import Asked
 from emu3_vla.documents import ActionChunk, Batch, Image, Segment, Text, collate, length_of
+from emu3_vla.state_words import SpelledStates
 from emu3_vla.vocabulary import CompactVocabulary
 from envs.spec import RGB_GRIPPER, RGB_STATIC
 
 POOL_STEPS = 16
+FELT = 0.5
+"""Share of the documents that are asked in which the arm's state is said: with it, the place of what is seen is all there is to find."""
 
 
 class TokenizedEpisode(Protocol):
     """What this module reads of an episode of a token store. F frames.
 
     static_codes: integers (F, rows, columns). gripper_codes: likewise. frame_step: int (F,), ascending control steps.
-    action_ids: F lists of the ids of the chunk that starts at that frame. chunk_imitate: bool (F,).
+    action_ids: F lists of the ids of the chunk that starts at that frame. chunk_imitate: bool (F,). asked, state_FS: see data.tokens.
     """
 
     task: str
@@ -36,6 +39,7 @@ class TokenizedEpisode(Protocol):
     action_ids: Sequence[Sequence[int]]
     chunk_imitate: np.ndarray
     asked: Asked | None
+    state_FS: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class _Draw:
     anchor: int
     wording: int = 0
     questions: tuple[int, ...] = ()
+    felt: bool = False  # whether the arm's state is said before the questions
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,8 @@ class DocumentStream:
 
     wordings: sentences of each task. encode: sentence to text ids. chunks: K, most chunks in a document. horizon: control steps from
     one chunk to the next. batch_size: documents a step, over all processes. asked_fraction: share of the documents that are asked
-    `questions` questions each. Raises ValueError where an episode's task has no wording, or questions are wanted and there are none.
+    `questions` questions each. states: how the arm's state is said, before each chunk's actions and in half of the documents
+    that are asked; none: it is not. Raises ValueError where an episode's task has no wording, or questions are wanted and there are none.
     """
 
     def __init__(
@@ -74,6 +80,7 @@ class DocumentStream:
         seed: int,
         asked_fraction: float = 0.0,
         questions: int = 6,
+        states: SpelledStates | None = None,
     ):
         if asked_fraction and not all(episode.asked for episode in episodes):
             raise ValueError(
@@ -81,7 +88,7 @@ class DocumentStream:
                 "tokenize with questions=envs.calvin.questions:Questions"
             )
         self._asked_fraction, self._questions = asked_fraction, questions
-        self._episodes, self._vocabulary = episodes, vocabulary
+        self._episodes, self._vocabulary, self._states = episodes, vocabulary, states
         self._batch_size, self._seed = batch_size, seed
         self._texts = encoded_wordings(episodes, wordings, encode)
         self._anchors = [
@@ -139,7 +146,8 @@ class DocumentStream:
     def _draw(self, anchor: int, number: float, random: np.random.Generator) -> _Draw:
         """A document at an anchor. number: in [0, 1), decides on wording or questions."""
         if number < self._asked_fraction:
-            return _Draw(anchor, questions=self._some_questions(anchor, random))
+            questions = self._some_questions(anchor, random)
+            return _Draw(anchor, questions=questions, felt=self._states is not None and bool(random.random() < FELT))
         share = (number - self._asked_fraction) / (1 - self._asked_fraction)
         return _Draw(anchor, wording=int(share * len(self._texts_of(anchor))))
 
@@ -170,6 +178,7 @@ class DocumentStream:
         segments: list[Segment] = [
             Image(RGB_STATIC, episode.static_codes[frame], supervised=False),
             Image(RGB_GRIPPER, episode.gripper_codes[frame], supervised=False),
+            *(said_state(self._states, episode, frame) if draw.felt else ()),
         ]
         for question in draw.questions:
             asked, answer = episode.asked.pair(frame, question)
@@ -182,9 +191,15 @@ class DocumentStream:
             segments += [
                 Image(RGB_STATIC, episode.static_codes[frame]),
                 Image(RGB_GRIPPER, episode.gripper_codes[frame]),
+                *said_state(self._states, episode, frame),
                 ActionChunk(episode.action_ids[frame], supervised=bool(episode.chunk_imitate[frame])),
             ]
         return segments
+
+
+def said_state(states: SpelledStates | None, episode: TokenizedEpisode, frame: int) -> list[Segment]:
+    """The arm's state at a frame as a segment, where states are said."""
+    return [Text(states.ids(episode.state_FS[frame]), supervised=False)] if states else []
 
 
 def documents_of(episode: TokenizedEpisode, chunks: int, horizon: int, disturbed: bool = False) -> list[tuple[int, ...]]:

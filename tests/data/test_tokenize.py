@@ -31,7 +31,7 @@ def make_episode(seed: int, steps: int) -> Episode:
         task="open_drawer" if seed % 2 else "close_drawer",
         instruction="close the drawer",
         actions=actions,
-        robot_obs=np.zeros((steps, 15)),
+        robot_obs=random.uniform(-0.3, 0.3, (steps, 15)),
         scene_obs=np.zeros((steps, 24)),
         imitate=imitate,
         frame_step=frame_step,
@@ -150,13 +150,13 @@ def test_several_stores_become_one(folder, tokens, tmp_path):
 
 
 class Asker:
-    """Asks how many numbers of a state are zero."""
+    """Asks how many numbers of a state lie below 1."""
 
     def __init__(self, scene: str):
         self.scene = scene
 
     def about(self, robot_obs, scene_obs):
-        return [("which scene?", f"{self.scene}."), ("how many?", f"{int((robot_obs == 0).sum())}.")]
+        return [("which scene?", f"{self.scene}."), ("how many?", f"{int((robot_obs < 1).sum())}.")]
 
     @staticmethod
     def sentences():
@@ -252,3 +252,30 @@ def test_errors_are_named(folder, tokens, tmp_path):
     (tmp_path / "old" / "tokens.json").write_text(json.dumps(manifest | {"schema": 0}))
     with pytest.raises(TokenStoreError, match="has schema 0"):
         TokenStore.open(tmp_path / "old")
+
+
+def test_the_state_of_the_arm_in_words(folder):
+    main(config_for(folder, "felt", state=("x", "yaw", "width")))
+    store, source = TokenStore.open(folder / "felt"), EpisodeStore.open(folder / "episodes")
+    words, text = store.state_words, store.tokenizers().text
+    assert words.names == ("x", "yaw", "width")
+    for tokenized, episode in zip(store.read_shard(1), source.read_shard(1), strict=True):
+        np.testing.assert_array_equal(tokenized.state_FS, words.numbers(episode.robot_obs[episode.frame_step]))
+    assert words.spelled(text.encode).single_ids() is not None
+    assert text.vocab_size == store.metadata["text_vocab_size"] > 3 * words.bins
+
+
+def test_states_that_no_word_stands_for(folder, tmp_path):
+    main(config_for(folder, "felt_too", state=("x",)))
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folder / "felt_too", damaged)
+    manifest = json.loads((damaged / "tokens.json").read_text())
+    manifest["metadata"]["state"]["bins"] = 3
+    (damaged / "tokens.json").write_text(json.dumps(manifest))
+    with pytest.raises(TokenStoreError, match="expected \\(frames, 1\\) below 3"):
+        TokenStore.open(damaged).read_shard(0)
+
+
+def test_an_entry_that_no_arm_has():
+    with pytest.raises(ValueError, match="has no 'elbow'"):
+        TokenizeConfig(episodes="a", vision_tokenizer="b", state=("elbow",))

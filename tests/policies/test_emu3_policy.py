@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+import tiny_tokens
 import torch
 
 from emu3_vla.checkpoint import load
-from emu3_vla.documents import ActionChunk, Text, collate, length_of
+from emu3_vla.documents import ActionChunk, Image, Text, collate, length_of
 from envs.spec import check_action
 from policies.base import Policy
 from policies.emu3 import Emu3Policy
@@ -68,6 +69,28 @@ def test_cache_gives_what_the_whole_document_gives(tiny_checkpoint, history):
         expected = _state(reference, [Text(reference.text_tokenizer.encode("go left")), *sum(shown, []), *images])
         torch.testing.assert_close(seen[-1], expected, atol=2e-4, rtol=1e-3)
         past.append([*images, ActionChunk(decision["token_ids"])])
+
+
+def test_the_state_of_the_arm_stands_before_the_actions(tmp_path):
+    """A policy that was trained with it demands it, and decides on it; what the cache holds is what the document gives."""
+    store = tiny_tokens.tiny_store(tmp_path / "tokens", shards=2, episodes_per_shard=2, felt=True)
+    folder = tiny_tokens.train(store.path, tmp_path / "run", steps=2, validation_fraction=0.5)
+    policy, reference = Emu3Policy(folder, history=1), load(folder, dtype=torch.float32)
+    assert policy.requires == {"rgb_static", "rgb_gripper", "robot_obs"}
+    seen = _watch_states(policy)
+    policy.reset("go left")
+    with pytest.raises(ValueError, match="has no 'robot_obs'"):
+        policy.infer(_observation(0))
+    past, text = [], Text(reference.text_tokenizer.encode("go left"))
+    for step in range(3):
+        looked = policy.look(_observation(step) | {"robot_obs": tiny_tokens.state_of(step)})
+        assert [type(part) for part in looked] == [Image, Image, Text] and len(looked[-1].ids) == 2
+        decision = policy.infer(_observation(step) | {"robot_obs": tiny_tokens.state_of(step)})
+        expected = _state(reference, [text, *past, *looked])
+        torch.testing.assert_close(seen[-1], expected, atol=2e-4, rtol=1e-3)
+        past = [*looked, ActionChunk(decision["token_ids"])]
+    before = policy.look(_observation(0) | {"robot_obs": tiny_tokens.state_of(0)})[-1].ids
+    assert before != policy.look(_observation(0) | {"robot_obs": tiny_tokens.state_of(3)})[-1].ids
 
 
 @torch.no_grad()
