@@ -5,7 +5,8 @@
     actions = policy.infer(observation)["actions"]     # float32 (10, 7)
 
 What the model reads is one document, as in training: the instruction, then up to `history` past chunks (both images and the actions
-that were written), then both images of now; before actions, the arm's state in words where the model was trained so.
+that were written), then both images of now. Where it was trained so, the arm's state in words stands behind the images, and then the model
+says, before it acts, what it sees.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from emu3_vla.data.tokens import content_hash
 from emu3_vla.documents import ActionChunk, Image, Segment, Text, collate, length_of
 from emu3_vla.generation.actions import ActionWriter
 from emu3_vla.generation.cache import CachedSequence, CachedTrunk
-from emu3_vla.state_words import StateWords
+from emu3_vla.generation.words import WordWriter
+from emu3_vla.number_words import NumberWords, StateWords
 from envs.spec import COMMITTED_ACTIONS, GRIPPER_CLOSE, GRIPPER_OPEN, ROBOT_OBS
 from policies.chunking import JOIN_CORRELATION, check_committed, join_gap, rejoin
 from policies.codes import checked_codes
@@ -72,7 +74,9 @@ class Emu3Policy:
             raise ValueError(f"history is {history}, expected 0 to {settings.trained_history}: {folder} was trained with no more")
         self.name = Path(folder).resolve().name
         words = StateWords.of(settings.state) if settings.state else None
-        self.states = words.spelled(self.checkpoint.text_tokenizer.encode) if words else None
+        encode = self.checkpoint.text_tokenizer.encode
+        self.states = words.spelled(encode) if words else None
+        self.scenes = NumberWords.of(settings.scene).spelled(encode) if settings.scene else None
         self.requires = frozenset(grid.name for grid in vocabulary.images) | ({ROBOT_OBS} if words else frozenset())
         self.vision_tokenizer = {
             "fingerprint": content_hash(self.checkpoint.folder / VISION),
@@ -84,6 +88,7 @@ class Emu3Policy:
         grammar = self.checkpoint.action_tokenizer.grammar(**self._shape)
         temperature = settings.temperature if temperature is None else temperature
         self._writer = ActionWriter(self.checkpoint.model, vocabulary, grammar, temperature)
+        self._words = WordWriter(self.checkpoint.model, self.scenes) if self.scenes else None
         self._trunk = CachedTrunk(self.checkpoint.model)
         self._alone = Session(self)
 
@@ -100,7 +105,7 @@ class Emu3Policy:
 
         Returns "actions" float32 (horizon, 7); "token_ids" list; "entropy" list, nats per id; "probability" of the ids written;
         "coefficients" int64 (horizon, 7), the scaled DCT coefficients, lowest frequency first, that the ids stand for;
-        "clipped", how many of the decoded values left [-1, 1]; "timing_s" by stage.
+        "scene", what a model that says so sees, {name: value}; "clipped", how many of the decoded values left [-1, 1]; "timing_s" by stage.
         An observation with envs.spec.COMMITTED_ACTIONS (n, 7): the ids are chosen as both the model and these first actions have it, the
         actions begin with them exactly, "committed" is n, and "join_gap" how far the ids alone were from the last of them.
         Raises ValueError before the first `reset` and for missing or wrong images, DecodingFailed if the model's output is not finite.
@@ -127,6 +132,10 @@ class Emu3Policy:
             with _timed(timing, "prefill"):
                 parts = [(session.sequence, session.unread(seen)) for session, seen in zip(sessions, looks, strict=True)]
                 states = torch.stack([states_nH[-1] for states_nH in self._trunk.extend_each(parts)])
+            if self._words:
+                with _timed(timing, "describe"):
+                    scenes, states = self._described(sessions, states)
+                    looks = [[*seen, Text(self.scenes.ids(scene))] for seen, scene in zip(looks, scenes, strict=True)]
             with _timed(timing, "decode"):
                 sequences, generators = [session.sequence for session in sessions], [session.generator for session in sessions]
                 prefixes = [self._prefix(actions) for actions in committed]
@@ -140,7 +149,7 @@ class Emu3Policy:
         answers = []
         for session, seen, chunk, ahead, made in zip(sessions, looks, written, committed, decoded, strict=True):
             actions, clipped, coefficients = made
-            session.remember([*seen, ActionChunk(chunk.ids)])
+            session.remember([*seen, ActionChunk(chunk.ids)], scenes[len(answers)] if self._words else None)
             answers.append(
                 {
                     "actions": actions if ahead is None else rejoin(actions, ahead).astype(np.float32),
@@ -151,17 +160,30 @@ class Emu3Policy:
                     "probability": chunk.probability,
                     "clipped": clipped,
                     "coefficients": coefficients,
+                    **({"scene": self._named(scenes[len(answers)])} if self._words else {}),
                     "timing_s": {stage: seconds / len(sessions) for stage, seconds in timing.items()},
                 }
             )
         return answers
+
+    def _described(self, sessions: Sequence[Session], states_SH: torch.Tensor) -> tuple[list[np.ndarray], torch.Tensor]:
+        """What each session sees, in bins, and its state after "begin of action", which follows."""
+        scenes, _ = self._words.write_each([session.sequence for session in sessions], states_SH, [session.scene for session in sessions])
+        embeddings, begin = self.checkpoint.model.model.embed_tokens.weight, self.checkpoint.vocabulary.begin_action
+        last = [[self.scenes.ids(scene)[-1], begin] for scene in scenes]
+        parts = [(session.sequence, embeddings[ids]) for session, ids in zip(sessions, last, strict=True)]
+        return scenes, torch.stack([states_nH[-1] for states_nH in self._trunk.extend_each(parts)])
+
+    def _named(self, scene: np.ndarray) -> dict[str, float]:
+        words = self.scenes.words
+        return dict(zip(words.names, words.values(scene).tolist(), strict=True))
 
     def new_sequence(self) -> CachedSequence:
         """A cache that a whole document fits into."""
         vocabulary = self.checkpoint.vocabulary
         images = sum(1 + vocabulary.blocks(grid.name) for grid in vocabulary.images)
         # Every action id stands for at least one coefficient or half a two-byte one, so this many positions always suffice.
-        said = self.states.most_ids if self.states else 0
+        said = sum(spelled.most_ids for spelled in (self.states, self.scenes) if spelled)
         chunk = images + said + 2 + 2 * self._shape["horizon"] * self._shape["action_dim"]
         return self._trunk.sequence(1 + MAX_TEXT_IDS + (self.history + 1) * chunk)
 
@@ -198,6 +220,7 @@ class Session:
         self.sequence = policy.new_sequence()
         self.generator = torch.Generator(policy.checkpoint.model.device)
         self._text: Text | None = None
+        self.scene: np.ndarray | None = None  # what was seen last in this subtask, in bins
         self._past: list[list[Segment]] = []  # segments of each chunk of this subtask that is still shown
 
     def reset(self, instruction: str, *, task: str | None = None, seed: int | None = None) -> None:
@@ -209,7 +232,7 @@ class Session:
             raise ValueError(
                 f"the instruction has {len(ids)} text ids, expected at most {MAX_TEXT_IDS}; shorten it: {instruction[:60]!r}..."
             )
-        self._text, self._past = Text(ids), []
+        self._text, self._past, self.scene = Text(ids), [], None
         self.sequence.truncate(0)
         self.generator.manual_seed(self.policy.seed if seed is None else seed)
 
@@ -254,17 +277,20 @@ class Session:
         return [Text(states.ids(states.words.numbers(observation[ROBOT_OBS])))]
 
     def unread(self, seen: list[Segment]) -> torch.Tensor:
-        """Embeddings of the document up to "begin of action", as far as the cache does not hold it yet: (n, H)."""
+        """Embeddings of the document up to what the model writes, as far as the cache does not hold it yet: (n, H). That is "begin of
+        action" too, unless something is said before."""
         model, vocabulary = self.policy.checkpoint.model, self.policy.checkpoint.vocabulary
         document = [self._text, *(segment for chunk in self._past for segment in chunk), *seen]
         batch = collate([document], vocabulary).to(model.device)
         embedded = model.embed(batch)[0, : length_of(document, vocabulary)]
-        begin = model.model.embed_tokens.weight[vocabulary.begin_action][None]
-        return torch.cat([embedded, begin])[self.sequence.length :]
+        if not self.policy.scenes:
+            embedded = torch.cat([embedded, model.model.embed_tokens.weight[vocabulary.begin_action][None]])
+        return embedded[self.sequence.length :]
 
-    def remember(self, chunk: list[Segment]) -> None:
-        """Add a chunk to the past. Where the oldest must go, all after the instruction moves, so the cache keeps that alone."""
+    def remember(self, chunk: list[Segment], scene: np.ndarray | None) -> None:
+        """Add a chunk, and what was seen, to the past. Where the oldest must go, all after the instruction moves: the cache keeps that."""
         self._past.append(chunk)
+        self.scene = scene
         history = self.policy.history
         if len(self._past) > history:
             self._past = self._past[len(self._past) - history :]

@@ -7,7 +7,7 @@ import torch
 
 from action_tokenizer import ActionNormalizer, FastTokenizer
 from emu3_vla.data.tokens import ACTION, NORMALIZER, TEXT, VISION, Asked, TokenizedEpisode, TokenStore
-from emu3_vla.state_words import StateWords
+from emu3_vla.number_words import StateWords
 from emu3_vla.text import TextTokenizer
 from emu3_vla.vision_tokenizer.light import LightConfig, LightTokenizer
 from envs.spec import RGB_GRIPPER, RGB_STATIC

@@ -34,7 +34,7 @@ from emu3_vla.checkpoint.layouts import CONFIG, OURS, read_json
 from emu3_vla.checkpoint.weights import WeightFiles, write_weights
 from emu3_vla.emu3_text import Emu3TextTokenizer
 from emu3_vla.model import BlockEmu3Config, BlockEmu3ForCausalLM
-from emu3_vla.state_words import StateWords, StateWordsError
+from emu3_vla.number_words import NumberWords, NumberWordsError, StateWords
 from emu3_vla.text import TextTokenizer
 from emu3_vla.vision_tokenizer import VisionTokenizer
 from emu3_vla.vocabulary import Emu3Vocabulary, Vocabulary, load_vocabulary
@@ -58,6 +58,7 @@ class PolicySettings:
 
     history: past chunks shown when acting, at most those it was trained with. temperature: of the action ids; 0 takes the likeliest.
     state: fields of StateWords where the arm's state is said before its actions, as in training; else none.
+    scene: fields of NumberWords where the model says what there is to see before its actions; else none.
     """
 
     history: int
@@ -66,10 +67,13 @@ class PolicySettings:
     action_dim: int
     temperature: float = 0.0
     state: dict[str, Any] | None = None
+    scene: dict[str, Any] | None = None
 
     def __post_init__(self):
         if self.state is not None:
             StateWords.of(self.state)
+        if self.scene is not None:
+            NumberWords.of(self.scene)
         if not 0 <= self.temperature < float("inf"):
             raise CheckpointError(f"temperature is {self.temperature}, expected at least 0")
         if not 0 <= self.history <= self.trained_history:
@@ -294,7 +298,7 @@ def _read_policy(path: Path) -> PolicySettings:
         if values.pop("format") != FORMAT:
             raise CheckpointError(f"{path} is not of format {FORMAT}")
         return PolicySettings(**values)
-    except (yaml.YAMLError, TypeError, AttributeError, KeyError, CheckpointError, StateWordsError) as error:
+    except (yaml.YAMLError, TypeError, AttributeError, KeyError, CheckpointError, NumberWordsError) as error:
         raise CheckpointError(f"{path} cannot be used: {type(error).__name__}: {error}") from error
 
 

@@ -6,6 +6,9 @@
 `questions=envs.calvin.questions:Questions` also writes questions about every frame with their answers, for joint training: any class by its
 dotted name, made with the episode store's scene, with `about(robot_obs, scene_obs)` -> pairs of sentences and `sentences()`.
 
+`scene=envs.calvin.scene_numbers:SceneNumbers` writes what there is to see in numbers, which a policy that is trained with `scene_fraction`
+says before it acts: any class with `limits`, `bins` and `of(robot_obs, scene_obs)` -> numbers.
+
 Action and text tokenizers that are not given are fitted on the episodes. Worker processes take a shard each; shards that are there are
 skipped, so the same command goes on after a kill. Shards keep their numbers; those of a second store follow behind the first one's last.
 """
@@ -19,7 +22,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -42,7 +45,7 @@ from emu3_vla.data.tokens import (
     TokenStore,
     content_hash,
 )
-from emu3_vla.state_words import StateWords, check_names
+from emu3_vla.number_words import NumberWords, StateWords, check_entries
 from emu3_vla.text import TextTokenizer
 from envs.spec import ACTION_DIM, CAMERAS, RGB_GRIPPER, RGB_STATIC, Episode
 
@@ -67,8 +70,9 @@ class TokenizeConfig:
     action_range: str = "minmax"  # of a fitted normaliser: minmax, quantile or meanstd; see action_tokenizer.ActionNormalizer
     action_scale: float = 7.0  # of a fitted FAST: larger is finer and longer
     action_vocab_size: int = 1024
-    text_vocab_size: int = 1024  # at most, without the words of `state`
+    text_vocab_size: int = 1024  # at most, without the words of `state` and `scene`
     state: tuple[str, ...] = ()  # entries of the arm's state that are said before its actions: x, y, z, roll, pitch, yaw, width
+    scene: str = ""  # "module:Class" that says in numbers what there is to see; empty: nobody does
     questions: str = ""  # "module:Class" that asks about the frames and answers; empty: nobody asks
     workers: int = 2  # processes, one thread each
 
@@ -78,10 +82,11 @@ class TokenizeConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if bool(self.action_tokenizer) != bool(self.normalizer):
             raise ValueError("action_tokenizer and normalizer belong together: give both, or neither to have both fitted")
-        if self.questions and not PLUG_IN.fullmatch(self.questions):
-            raise ValueError(f"questions is {self.questions!r}, expected module:Class, such as envs.calvin.questions:Questions")
+        for name, example in (("questions", "envs.calvin.questions:Questions"), ("scene", "envs.calvin.scene_numbers:SceneNumbers")):
+            if (dotted := getattr(self, name)) and not PLUG_IN.fullmatch(dotted):
+                raise ValueError(f"{name} is {dotted!r}, expected module:Class, such as {example}")
         if self.state:
-            check_names(self.state)
+            check_entries(self.state)
         if not self.stores:
             raise ValueError("episodes names no episode store")
 
@@ -99,13 +104,31 @@ class Questioner(Protocol):
     def sentences() -> list[str]: ...
 
 
+class Viewer(Protocol):
+    """Made with the name of a scene; says what there is to see at a moment: numbers within `limits`, in that order, cut into `bins`."""
+
+    limits: Mapping[str, tuple[float, float]]
+    bins: int
+
+    def of(self, robot_obs: np.ndarray, scene_obs: np.ndarray) -> np.ndarray: ...
+
+
 def questioner(dotted: str) -> type[Questioner]:
     """The class of that name. Raises ValueError where there is none."""
+    return _plug_in("questions", dotted)
+
+
+def viewer(dotted: str) -> type[Viewer]:
+    """The class of that name. Raises ValueError where there is none."""
+    return _plug_in("scene", dotted)
+
+
+def _plug_in(option: str, dotted: str) -> type:
     module, name = dotted.split(":")
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"questions={dotted}: {error}") from error
+        raise ValueError(f"{option}={dotted}: {error}") from error
 
 
 class Sources:
@@ -168,8 +191,7 @@ def _instructions(store: EpisodeStore, without: dict[str, Any]) -> dict[str, lis
 def main(config: TokenizeConfig) -> None:
     """Write the missing shards of the token store in output_dir. Prints its folder."""
     sources = Sources(config.stores)
-    if config.questions:
-        _require_scenes(config, sources)
+    _require_scenes(config, sources)
     store = _open_or_start(config, sources)
     if store.missing_shards():
         _write_missing(config, sources, store)
@@ -221,8 +243,10 @@ def tokenize_episode(
     horizon: int,
     asker: Questioner | None = None,
     state_words: StateWords | None = None,
+    scene: tuple[Viewer, NumberWords] | None = None,
 ) -> TokenizedEpisode:
-    """All frames of one episode, the chunk that begins at each, what `asker` asks about it, and the arm's state in numbers of words."""
+    """All frames of one episode, the chunk that begins at each, what `asker` asks about it, and the arm's state and what a viewer sees as
+    bins of words."""
     chunks = tokenizers.normalizer.normalize(chunks_of(episode.actions, episode.frame_step, horizon))
     return TokenizedEpisode(
         task=episode.task,
@@ -235,6 +259,7 @@ def tokenize_episode(
         chunk_imitate=own_chunks(episode.imitate, episode.frame_step, horizon),
         asked=_asked(episode, tokenizers, asker) if asker else None,
         state_FS=state_words.numbers(episode.robot_obs[episode.frame_step]) if state_words else None,
+        scene_FS=_seen(episode, *scene) if scene else None,
     )
 
 
@@ -244,6 +269,11 @@ def _asked(episode: Episode, tokenizers: Tokenizers, asker: Questioner) -> Asked
         pairs = asker.about(episode.robot_obs[step], episode.scene_obs[step])
         frames.append([(encode(question), encode(answer)) for question, answer in pairs])
     return Asked.of(frames)
+
+
+def _seen(episode: Episode, seeing: Viewer, words: NumberWords) -> np.ndarray:
+    moments = [seeing.of(episode.robot_obs[step], episode.scene_obs[step]) for step in episode.frame_step]
+    return words.numbers(np.array(moments).reshape(-1, len(words.names)))
 
 
 def _codes(tokenizers: Tokenizers, camera: str, images: np.ndarray) -> np.ndarray:
@@ -265,8 +295,11 @@ def _tokenize_shard(job: tuple[str, int, str, int]) -> int:
     horizon = store.metadata["horizon"]
     source, dotted = EpisodeStore.open(episodes), store.metadata.get("questions", "")
     asker = questioner(dotted)(source.metadata["scene"]) if dotted else None
-    words = store.state_words
-    tokenized = [tokenize_episode(e, number, tokenizers, horizon, asker, words) for e in source.read_shard(index)]
+    shown = store.metadata.get("scene_by", "")
+    scene = (viewer(shown)(source.metadata["scene"]), store.scene_words) if shown else None
+    tokenized = [
+        tokenize_episode(episode, number, tokenizers, horizon, asker, store.state_words, scene) for episode in source.read_shard(index)
+    ]
     store.write_shard(number, tokenized)
     return sum(len(episode.frame_step) for episode in tokenized)
 
@@ -296,11 +329,14 @@ def _open_or_start(config: TokenizeConfig, sources: Sources) -> TokenStore:
     if ACTION not in given:
         _fit_action_tokenizer(config, sources, output)
     state_words = _state_words(config, sources)
+    scene_words = NumberWords.within(viewer(config.scene).limits, viewer(config.scene).bins) if config.scene else None
     if TEXT not in given:
-        words = state_words.words if state_words else ()
+        words = [word for said in (state_words, scene_words) if said for word in said.words]
         text = TextTokenizer.fit(_sentences(config, sources), vocab_size=config.text_vocab_size, words=words)
         text.save_pretrained(output / TEXT)
     said = {"state": state_words.fields()} if state_words else {}
+    if scene_words:
+        said |= {"scene": scene_words.fields(), "scene_by": config.scene}
     return TokenStore.create(output, _metadata(config, sources, output) | said)
 
 
@@ -316,10 +352,12 @@ def _state_words(config: TokenizeConfig, sources: Sources) -> StateWords | None:
 
 def _require_scenes(config: TokenizeConfig, sources: Sources) -> None:
     """Each scene, and that it can be asked about, before a worker asks."""
-    for store in sources.stores:
-        if "scene" not in store.metadata:
-            raise ValueError(f"questions={config.questions}: {store.path} does not say which scene it shows; tokenize it without questions")
-        questioner(config.questions)(store.metadata["scene"])
+    for option, find in (("questions", questioner), ("scene", viewer)):
+        dotted = getattr(config, option)
+        for store in sources.stores if dotted else ():
+            if "scene" not in store.metadata:
+                raise ValueError(f"{option}={dotted}: {store.path} does not say which scene it shows; tokenize it without {option}")
+            find(dotted)(store.metadata["scene"])
 
 
 def _require_same_shards(store: TokenStore, sources: Sources) -> None:

@@ -33,7 +33,7 @@ from emu3_vla.data.episodes import (
 )
 from emu3_vla.data.remote import UrlPath, is_url, mirror
 from emu3_vla.emu3_text import TIKTOKEN_FILES, Emu3TextTokenizer
-from emu3_vla.state_words import StateWords
+from emu3_vla.number_words import NumberWords, StateWords
 from emu3_vla.text import TextTokenizer
 
 if TYPE_CHECKING:
@@ -46,7 +46,9 @@ MANIFEST = "tokens.json"
 
 VISION, ACTION, TEXT, NORMALIZER = "vision_tokenizer", "action_tokenizer", "text_tokenizer", "normalizer.json"
 ASKED = ("asked_ids", "asked_lengths")
-STATE = "state_numbers"
+STATE, SCENE = "state_numbers", "scene_numbers"
+NUMBERS = {STATE: "state_FS", SCENE: "scene_FS"}
+"""Columns of numbers that are said in words, and the fields of an episode that they are."""
 TOKENIZERS = (VISION, ACTION, TEXT, NORMALIZER)
 
 
@@ -95,7 +97,8 @@ class TokenizedEpisode:
     chunk_imitate  bool (F,)          every action of that chunk is the demonstrator's own
     shard: number of the shard that it lies in, which is also the episode store's where there is one store.
     asked: questions about every frame with their answers, where the store has some.
-    state_FS: uint16 (F, S), bins of the arm's state at each frame (see emu3_vla.state_words), where the store has them.
+    state_FS, scene_FS: uint16 (F, S), bins of the arm's state, and of what there is to see, at each frame, where the store has them; see
+    emu3_vla.number_words.
     """
 
     task: str
@@ -108,13 +111,13 @@ class TokenizedEpisode:
     chunk_imitate: np.ndarray
     asked: Asked | None = None
     state_FS: np.ndarray | None = None
+    scene_FS: np.ndarray | None = None
 
     def __post_init__(self):
         counts = {name: len(getattr(self, name)) for name in ("static_codes", "gripper_codes", "action_ids", "chunk_imitate")}
         if self.asked:
             counts["asked"] = len(self.asked.lengths_FQ2)
-        if self.state_FS is not None:
-            counts["state_FS"] = len(self.state_FS)
+        counts |= {name: len(said) for name in NUMBERS.values() if (said := getattr(self, name)) is not None}
         wrong = {name: count for name, count in counts.items() if count != len(self.frame_step)}
         if wrong:
             raise ValueError(f"episode of {self.task!r} has {len(self.frame_step)} frames, but {wrong}")
@@ -134,8 +137,8 @@ class TokenStore:
     """A folder of token shards. `metadata`:
 
     horizon, action_dim: shape of a chunk. grids: {camera: [rows, columns]}. codebook_size, action_vocab_size,
-    text_vocab_size. wordings: {task: sentences}. questions: who asked about the frames, "" for nobody. state: fields of
-    StateWords where the arm's state is said, else absent. hashes: of each tokenizer.
+    text_vocab_size. wordings: {task: sentences}. questions: who asked about the frames, "" for nobody. state, scene:
+    fields of NumberWords where the arm's state, and what there is to see, is said, else absent. hashes: of each tokenizer.
     shards: numbers of all shards that belong to it. shard_groups: the same by episode store. source: the episode stores (their folders as
     given, metadata, totals).
     """
@@ -216,8 +219,9 @@ class TokenStore:
                 raise ValueError(f"some episodes of shard {index} have questions and some have none")
             columns["asked_ids"] = np.concatenate([episode.asked.ids for episode in episodes])
             columns["asked_lengths"] = np.concatenate([episode.asked.lengths_FQ2 for episode in episodes])
-        if any(episode.state_FS is not None for episode in episodes):
-            columns[STATE] = _join(episodes, "state_FS", np.uint16)
+        for column, name in NUMBERS.items():
+            if any(getattr(episode, name) is not None for episode in episodes):
+                columns[column] = _join(episodes, name, np.uint16)
         records = [{"task": e.task, "instruction": e.instruction, "frames": len(e.frame_step)} for e in episodes]
         write_shard_atomic(target, columns, {"format": SHARD_FORMAT, "schema": SCHEMA, "episodes": records})
         return target
@@ -230,8 +234,8 @@ class TokenStore:
         group = open_shard(path, SHARD_FORMAT, SCHEMA, TokenStoreError)
         names = ("static_codes", "gripper_codes", "frame_step", "chunk_imitate", "action_lengths", "action_ids")
         has_questions = bool(self.metadata.get("questions"))
-        has_state = self.state_words is not None
-        optional = (*(ASKED if has_questions else ()), *([STATE] if has_state else ()))
+        said = [column for column in NUMBERS if self._words_of(column) is not None]
+        optional = (*(ASKED if has_questions else ()), *said)
         columns = {name: read_array(group, name, path) for name in (*names, *optional)}
         self._require_known(columns, path)
         starts = np.concatenate([[0], np.cumsum(columns["action_lengths"])])
@@ -246,8 +250,7 @@ class TokenStore:
                 asked_before = asked_after
             ids = [columns["action_ids"][starts[row] : starts[row + 1]].tolist() for row in range(rows.start, rows.stop)]
             arrays = {name: columns[name][rows] for name in ("static_codes", "gripper_codes", "frame_step", "chunk_imitate")}
-            if has_state:
-                arrays["state_FS"] = columns[STATE][rows]
+            arrays |= {NUMBERS[column]: columns[column][rows] for column in said}
             episodes.append(
                 TokenizedEpisode(task=record["task"], instruction=record["instruction"], shard=index, action_ids=ids, asked=asked, **arrays)
             )
@@ -266,13 +269,14 @@ class TokenStore:
                     f"{path}: {name} has ids in [{ids.min()}, {ids.max()}], expected [0, {self.metadata[size]}), as {MANIFEST} states "
                     f"({size}): they come from another tokenizer; delete that shard and make it again"
                 )
-        self._require_states(columns.get(STATE), path)
+        for column in NUMBERS:
+            self._require_sayable(column, columns.get(column), path)
 
-    def _require_states(self, numbers: np.ndarray | None, path: Path | UrlPath) -> None:
-        words = self.state_words
+    def _require_sayable(self, column: str, numbers: np.ndarray | None, path: Path | UrlPath) -> None:
+        words = self._words_of(column)
         if words and (numbers.shape[1:] != (len(words.names),) or numbers.max(initial=0) >= words.bins):
             raise TokenStoreError(
-                f"{path}: {STATE} has shape {numbers.shape} and goes up to {numbers.max(initial=0)}, expected (frames, {len(words.names)}) "
+                f"{path}: {column} has shape {numbers.shape} up to {numbers.max(initial=0)}, expected (frames, {len(words.names)}) "
                 f"below {words.bins}, as {MANIFEST} states; delete that shard and make it again"
             )
 
@@ -299,6 +303,14 @@ class TokenStore:
     def state_words(self) -> StateWords | None:
         """How the arm's state is said, where it is."""
         return StateWords.of(self.metadata["state"]) if self.metadata.get("state") else None
+
+    @property
+    def scene_words(self) -> NumberWords | None:
+        """How what there is to see is said, where it is."""
+        return NumberWords.of(self.metadata["scene"]) if self.metadata.get("scene") else None
+
+    def _words_of(self, column: str) -> NumberWords | None:
+        return self.state_words if column == STATE else self.scene_words
 
     def tokenizers(self) -> Tokenizers:
         """The tokenizers in the store's folder. Raises the tokenizer's own error where one is damaged."""

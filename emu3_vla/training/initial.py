@@ -13,7 +13,7 @@ import yaml
 from emu3_vla import attention, checkpoint
 from emu3_vla.data.tokens import VISION, content_hash, hashes
 from emu3_vla.model import BlockEmu3ForCausalLM, PlainEmu3ForCausalLM, build_config, build_plain_config
-from emu3_vla.state_words import SpelledStates
+from emu3_vla.number_words import SpelledNumbers
 from emu3_vla.training.source import Source
 from emu3_vla.vocabulary import CompactVocabulary, Emu3Vocabulary, load_vocabulary
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from emu3_vla.training.loop import TrainConfig
 
 PLACES = "blocks.places.weight"
-STATE_WAVES = 6
-"""Lengths of the waves that embeddings of the arm's state begin as: from four times the range, halved each time."""
+WAVES = 6
+"""Lengths of the waves that embeddings of numbers begin as: from four times the range, halved each time."""
 
 
 class ForeignTokens(ValueError):
@@ -38,8 +38,9 @@ def new_model(config: TrainConfig, source: Source) -> BlockEmu3ForCausalLM | Pla
     elif config.codes_from_tokenizer and isinstance(model, BlockEmu3ForCausalLM):
         vision = source.store.tokenizers().vision
         model.blocks.start_from_codebook(vision.vectors(torch.arange(vision.codebook_size)))
-    if source.store.state_words and not config.init_from:
-        start_states_smoothly(model.model.embed_tokens.weight, source.states())
+    for spelled in (source.states(), source.scenes()):
+        if spelled and not config.init_from:
+            start_numbers_smoothly(model.model.embed_tokens.weight, spelled)
     if isinstance(model, BlockEmu3ForCausalLM):
         model.blocks.codes.weight.requires_grad_(config.learn_codes)
     elif not config.learn_codes:
@@ -87,29 +88,30 @@ def require_same_tokens(folder: Path, given: CompactVocabulary | Emu3Vocabulary,
 
 
 @torch.no_grad()
-def start_states_smoothly(weight_VH: torch.Tensor, states: SpelledStates) -> None:
-    """Give neighbouring numbers of one entry of the arm's state embeddings that are alike, so that what is learnt of one holds near it.
+def start_numbers_smoothly(weight_VH: torch.Tensor, spelled: SpelledNumbers) -> None:
+    """Give neighbouring bins of a number embeddings that are alike, so that what is learnt of one holds near it.
 
-    They are waves of a few lengths over the entry's range, mixed at random. Where words take several ids, these stay as they are.
+    They are waves of a few lengths over the number's range, mixed at random. Where words take several ids, these stay as they are.
     """
-    ids = states.single_ids()
+    ids = spelled.single_ids()
     if ids is None:
         return
     scale, width = weight_VH.std(), weight_VH.shape[1]
     for row in torch.from_numpy(ids):
-        phases = torch.linspace(0, torch.pi, len(row))[:, None] * 2.0 ** torch.arange(-1, STATE_WAVES - 1)
+        phases = torch.linspace(0, torch.pi, len(row))[:, None] * 2.0 ** torch.arange(-1, WAVES - 1)
         waves = torch.cat([phases.sin(), phases.cos()], dim=1)
-        weight_VH[row] = scale * (waves @ torch.randn(waves.shape[1], width) / STATE_WAVES**0.5).to(weight_VH.dtype)
+        weight_VH[row] = scale * (waves @ torch.randn(waves.shape[1], width) / WAVES**0.5).to(weight_VH.dtype)
 
 
 def _require_same_states(folder: Path, source: Source) -> None:
     settings = folder / checkpoint.POLICY
-    given = yaml.safe_load(settings.read_text()).get("state") if settings.exists() else None
-    wanted = source.store.metadata.get("state")
-    if given != wanted:
-        raise ForeignTokens(
-            f"init_from={folder} says the arm's state as {given}, the token store {source.store} as {wanted}; tokenize with the same"
-        )
+    given = yaml.safe_load(settings.read_text()) if settings.exists() else {}
+    for name, what in (("state", "the arm's state"), ("scene", "what there is to see")):
+        wanted = source.store.metadata.get(name)
+        if given.get(name) != wanted and (given.get(name) or name == "state"):
+            raise ForeignTokens(
+                f"init_from={folder} says {what} as {given.get(name)}, the token store {source.store} as {wanted}; tokenize with the same"
+            )
 
 
 def stretched_places(weight_PH: torch.Tensor, given: CompactVocabulary, wanted: CompactVocabulary) -> torch.Tensor:

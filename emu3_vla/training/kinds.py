@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from emu3_vla.documents import ActionChunk, End, Image, Segment, Text, Video
-from emu3_vla.state_words import SpelledStates
-from emu3_vla.training.stream import TokenizedEpisode, documents_of, said_state
+from emu3_vla.number_words import SpelledNumbers
+from emu3_vla.training.stream import TokenizedEpisode, documents_of, said
 from emu3_vla.vocabulary import Emu3Vocabulary, Vocabulary
 from envs.spec import RGB_GRIPPER, RGB_STATIC
 
@@ -45,7 +45,7 @@ class Material:
     chunks: int
     moments: int
     questions: int
-    states: SpelledStates | None = None
+    states: SpelledNumbers | None = None
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _act(material: Material, episode: TokenizedEpisode, frames: tuple[int, ...],
     document = [_instruction(material, episode, random, supervised=False)]
     for frame in frames:
         chunk = ActionChunk(episode.action_ids[frame], supervised=bool(episode.chunk_imitate[frame]))
-        document += [*_images(episode, frame), *said_state(material.states, episode, frame), chunk]
+        document += [*_images(episode, frame), *said(material.states, episode.state_FS, frame, supervised=False), chunk]
     return document
 
 

@@ -106,6 +106,7 @@ class TrainConfig:
     chunks: int = 3  # most chunks of a document, so up to chunks - 1 past ones
     asked_fraction: float = 0.0  # of the documents, that are two images and questions about them instead of acting
     questions: int = 6  # of such a document
+    scene_fraction: float = 0.0  # of the acting documents, that say what there is to see before each chunk; above 0 the policy does
     history: int = -1  # past chunks that the policy shows when acting; -1: chunks - 1
     temperature: float = 0.0  # of the policy's action ids when acting; 0: the likeliest
     processes: int = 1  # one thread each
@@ -157,6 +158,8 @@ class TrainConfig:
             raise ValueError(f"batch_size={self.batch_size} is no multiple of processes={self.processes}")
         if not 0 <= self.asked_fraction < 1:
             raise ValueError(f"asked_fraction is {self.asked_fraction}, expected at least 0 and below 1")
+        if not 0 <= self.scene_fraction <= 1:
+            raise ValueError(f"scene_fraction is {self.scene_fraction}, expected within [0, 1]")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction is {self.validation_fraction}, expected between 0 and 1")
         self._check_stage()
@@ -172,6 +175,8 @@ class TrainConfig:
             raise ValueError("preference.pairs and a mixture are two kinds of training; give one of them")
         if mixed and self.asked_fraction:
             raise ValueError(f"asked_fraction={self.asked_fraction} is of the acting stream; in a mixture it is mixture.ask")
+        if (mixed or preferred) and self.scene_fraction:
+            raise ValueError(f"scene_fraction={self.scene_fraction} is of the acting stream, without a mixture or preferences")
         if preferred and not self.init_from:
             raise ValueError("preferences are learnt against the weights that training starts from: name a checkpoint folder in init_from")
         if not 0 <= self.context <= self.model.max_position_embeddings:
@@ -379,6 +384,7 @@ def _export(
         action_dim=source.action_dim,
         temperature=config.temperature,
         state=source.store.metadata.get("state"),
+        scene=source.store.metadata.get("scene") if config.scene_fraction else None,
     )
     settings = dataclasses.asdict(config)
     settings.pop("output_dir")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emu3_vla.data.tokens import MANIFEST, TEXT, TokenizedEpisode, TokenStore, text_tokenizer
-from emu3_vla.state_words import SpelledStates
+from emu3_vla.number_words import NumberWords, SpelledNumbers
 from emu3_vla.training.kinds import Material
 from emu3_vla.training.mixture import MixtureStream
 from emu3_vla.training.stream import DocumentStream, encoded_wordings
@@ -55,6 +55,8 @@ class Source:
                 asked_fraction=config.asked_fraction,
                 questions=config.questions,
                 states=self.states(),
+                scenes=self.scenes(),
+                scene_fraction=config.scene_fraction,
             )
             for episodes in self.store.split(config.validation_fraction)
         )
@@ -74,9 +76,15 @@ class Source:
         )
         return MixtureStream(material, config.mixture.shares(), context=config.context, rows=config.batch_size, seed=config.seed)
 
-    def states(self) -> SpelledStates | None:
+    def states(self) -> SpelledNumbers | None:
         """How the arm's state is said in ids, where it is."""
-        words = self.store.state_words
+        return self._spelled(self.store.state_words)
+
+    def scenes(self) -> SpelledNumbers | None:
+        """How what there is to see is said in ids, where it is."""
+        return self._spelled(self.store.scene_words)
+
+    def _spelled(self, words: NumberWords | None) -> SpelledNumbers | None:
         return words.spelled(text_tokenizer(self.folder / TEXT).encode) if words else None
 
     def manifest(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from emu3_vla.data.tokens import Asked
 from emu3_vla.documents import ActionChunk, Batch, Image, Segment, Text, collate, length_of
-from emu3_vla.state_words import SpelledStates
+from emu3_vla.number_words import SpelledNumbers
 from emu3_vla.vocabulary import CompactVocabulary
 from envs.spec import RGB_GRIPPER, RGB_STATIC
 
@@ -29,7 +29,8 @@ class TokenizedEpisode(Protocol):
     """What this module reads of an episode of a token store. F frames.
 
     static_codes: integers (F, rows, columns). gripper_codes: likewise. frame_step: int (F,), ascending control steps.
-    action_ids: F lists of the ids of the chunk that starts at that frame. chunk_imitate: bool (F,). asked, state_FS: see data.tokens.
+    action_ids: F lists of the ids of the chunk that starts at that frame. chunk_imitate: bool (F,). asked, state_FS, scene_FS: see
+    data.tokens.
     """
 
     task: str
@@ -40,6 +41,7 @@ class TokenizedEpisode(Protocol):
     chunk_imitate: np.ndarray
     asked: Asked | None
     state_FS: np.ndarray | None
+    scene_FS: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class _Draw:
     wording: int = 0
     questions: tuple[int, ...] = ()
     felt: bool = False  # whether the arm's state is said before the questions
+    seen: bool = False  # whether what there is to see is said before each chunk's actions
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ class DocumentStream:
     wordings: sentences of each task. encode: sentence to text ids. chunks: K, most chunks in a document. horizon: control steps from
     one chunk to the next. batch_size: documents a step, over all processes. asked_fraction: share of the documents that are asked
     `questions` questions each. states: how the arm's state is said, before each chunk's actions and in half of the documents
-    that are asked; none: it is not. Raises ValueError where an episode's task has no wording, or questions are wanted and there are none.
+    that are asked; none: it is not. scenes: how what there is to see is said, as a target behind the state, in `scene_fraction` of the
+    documents that act. Raises ValueError where an episode's task has no wording, or questions or scenes are wanted and there are none.
     """
 
     def __init__(
@@ -80,15 +84,23 @@ class DocumentStream:
         seed: int,
         asked_fraction: float = 0.0,
         questions: int = 6,
-        states: SpelledStates | None = None,
+        states: SpelledNumbers | None = None,
+        scenes: SpelledNumbers | None = None,
+        scene_fraction: float = 0.0,
     ):
+        if scene_fraction and scenes is None:
+            raise ValueError(
+                f"scene_fraction={scene_fraction}, but the token store does not say what there is to see; "
+                "tokenize with scene=envs.calvin.scene_numbers:SceneNumbers"
+            )
         if asked_fraction and not all(episode.asked for episode in episodes):
             raise ValueError(
                 f"asked_fraction={asked_fraction}, but the token store holds no questions; "
                 "tokenize with questions=envs.calvin.questions:Questions"
             )
         self._asked_fraction, self._questions = asked_fraction, questions
-        self._episodes, self._vocabulary, self._states = episodes, vocabulary, states
+        self._episodes, self._vocabulary = episodes, vocabulary
+        self._states, self._scenes, self._scene_fraction = states, scenes, scene_fraction
         self._batch_size, self._seed = batch_size, seed
         self._texts = encoded_wordings(episodes, wordings, encode)
         self._anchors = [
@@ -125,10 +137,10 @@ class DocumentStream:
         chosen = np.unique(np.linspace(0, len(self._anchors) - 1, min(count, len(self._anchors))).round().astype(int))
         chosen = chosen[np.argsort(self._lengths[chosen], kind="stable")]
         groups = [chosen[start : start + self._batch_size] for start in range(0, len(chosen), self._batch_size)]
-        draws = [[_Draw(int(anchor)) for anchor in group] for group in groups]
+        draws = [[_Draw(int(anchor), seen=self._scene_fraction > 0) for anchor in group] for group in groups]
         if self._asked_fraction:
             random = np.random.default_rng((self._seed, 2))
-            draws += [[replace(draw, questions=self._some_questions(draw.anchor, random)) for draw in group] for group in draws]
+            draws += [[replace(draw, questions=self._some_questions(draw.anchor, random), seen=False) for draw in group] for group in draws]
         return [collate([self._document(draw) for draw in group], self._vocabulary) for group in draws]
 
     def _plan(self, step: int) -> list[_Draw]:
@@ -149,7 +161,8 @@ class DocumentStream:
             questions = self._some_questions(anchor, random)
             return _Draw(anchor, questions=questions, felt=self._states is not None and bool(random.random() < FELT))
         share = (number - self._asked_fraction) / (1 - self._asked_fraction)
-        return _Draw(anchor, wording=int(share * len(self._texts_of(anchor))))
+        seen = self._scene_fraction > 0 and bool(random.random() < self._scene_fraction)
+        return _Draw(anchor, wording=int(share * len(self._texts_of(anchor))), seen=seen)
 
     def _some_questions(self, anchor: int, random: np.random.Generator) -> tuple[int, ...]:
         count = self._episode_of(anchor).asked.lengths_FQ2.shape[1]
@@ -158,7 +171,8 @@ class DocumentStream:
     def _length(self, draw: _Draw) -> int:
         if draw.questions:
             return length_of(self._asked_segments(draw), self._vocabulary)
-        return int(self._lengths[draw.anchor]) + len(self._texts_of(draw.anchor)[draw.wording])
+        length = int(self._lengths[draw.anchor]) + len(self._texts_of(draw.anchor)[draw.wording])
+        return length + (self._scenes.most_ids * len(self._anchors[draw.anchor].frames) if draw.seen else 0)
 
     def _episode_of(self, anchor: int) -> TokenizedEpisode:
         return self._episodes[self._anchors[anchor].episode]
@@ -171,35 +185,36 @@ class DocumentStream:
         if draw.questions:
             return self._asked_segments(draw)
         instruction = self._texts_of(draw.anchor)[draw.wording]
-        return [Text(instruction, supervised=False), *self._chunk_segments(self._anchors[draw.anchor])]
+        return [Text(instruction, supervised=False), *self._chunk_segments(self._anchors[draw.anchor], draw.seen)]
 
     def _asked_segments(self, draw: _Draw) -> list[Segment]:
         episode, frame = self._episode_of(draw.anchor), self._anchors[draw.anchor].frames[0]
         segments: list[Segment] = [
             Image(RGB_STATIC, episode.static_codes[frame], supervised=False),
             Image(RGB_GRIPPER, episode.gripper_codes[frame], supervised=False),
-            *(said_state(self._states, episode, frame) if draw.felt else ()),
+            *(said(self._states, episode.state_FS, frame, supervised=False) if draw.felt else ()),
         ]
         for question in draw.questions:
             asked, answer = episode.asked.pair(frame, question)
             segments += [Text(asked, supervised=False), Text(answer)]
         return segments
 
-    def _chunk_segments(self, anchor: _Anchor) -> list[Segment]:
+    def _chunk_segments(self, anchor: _Anchor, seen: bool = False) -> list[Segment]:
         episode, segments = self._episodes[anchor.episode], []
         for frame in anchor.frames:
             segments += [
                 Image(RGB_STATIC, episode.static_codes[frame]),
                 Image(RGB_GRIPPER, episode.gripper_codes[frame]),
-                *said_state(self._states, episode, frame),
+                *said(self._states, episode.state_FS, frame, supervised=False),
+                *(said(self._scenes, episode.scene_FS, frame) if seen else ()),
                 ActionChunk(episode.action_ids[frame], supervised=bool(episode.chunk_imitate[frame])),
             ]
         return segments
 
 
-def said_state(states: SpelledStates | None, episode: TokenizedEpisode, frame: int) -> list[Segment]:
-    """The arm's state at a frame as a segment, where states are said."""
-    return [Text(states.ids(episode.state_FS[frame]), supervised=False)] if states else []
+def said(spelled: SpelledNumbers | None, numbers_FS: np.ndarray | None, frame: int, supervised: bool = True) -> list[Segment]:
+    """The numbers at a frame as a segment, where they are said."""
+    return [Text(spelled.ids(numbers_FS[frame]), supervised=supervised)] if spelled else []
 
 
 def documents_of(episode: TokenizedEpisode, chunks: int, horizon: int, disturbed: bool = False) -> list[tuple[int, ...]]:

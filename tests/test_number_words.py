@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from emu3_vla.state_words import StateWords, StateWordsError
+from emu3_vla.number_words import NumberWordsError, StateWords
 from emu3_vla.text import TextTokenizer
-from emu3_vla.training.initial import start_states_smoothly
+from emu3_vla.training.initial import start_numbers_smoothly
 
 NAMES = ("x", "yaw", "width")
 
@@ -62,7 +62,7 @@ def test_neighbouring_numbers_begin_alike():
     torch.manual_seed(0)
     weight = torch.randn(text.vocab_size, 64) * 0.02
     others = weight[:256].clone()
-    start_states_smoothly(weight, spelled)
+    start_numbers_smoothly(weight, spelled)
     row = weight[torch.from_numpy(spelled.single_ids()[0])]
     near, far = (torch.nn.functional.cosine_similarity(row[:-distance], row[distance:]).mean() for distance in (1, 100))
     assert near > 0.95 > 0.6 > far
@@ -74,26 +74,26 @@ def test_neighbouring_numbers_begin_alike():
     ("names", "said"), [(("x", "elbow"), "has no 'elbow', only x"), ((), "are none"), (("x", "x"), "x, x, expected some, each once")]
 )
 def test_names_that_are_no_entries(names, said):
-    with pytest.raises(StateWordsError, match=said):
+    with pytest.raises(NumberWordsError, match=said):
         StateWords.fit(states(), names)
 
 
 def test_states_that_say_nothing():
     still, missing = states(), states()
     still[:, 6], missing[3, 6] = 0.08, np.nan
-    with pytest.raises(StateWordsError, match="width of the arm's state is 0.08 in all of 100 steps"):
+    with pytest.raises(NumberWordsError, match="width of the arm's state is 0.08 in all of 100 steps"):
         StateWords.fit(still, NAMES)
-    with pytest.raises(StateWordsError, match="width of the arm's state is missing in 1 of 100 steps"):
+    with pytest.raises(NumberWordsError, match="width of the arm's state is missing in 1 of 100 steps"):
         StateWords.fit(missing, NAMES)
     words = StateWords.fit(states(), NAMES)
-    with pytest.raises(StateWordsError, match="not finite"):
+    with pytest.raises(NumberWordsError, match="not finite"):
         words.numbers(missing[3])
-    with pytest.raises(StateWordsError, match=r"shape \(7,\), expected"):
+    with pytest.raises(NumberWordsError, match=r"shape \(7,\), expected"):
         words.numbers(np.zeros(7))
 
 
 def test_fields_come_back():
     words = StateWords.fit(states(), NAMES)
     assert StateWords.of(words.fields()) == words
-    with pytest.raises(StateWordsError, match="does not say how"):
+    with pytest.raises(NumberWordsError, match="does not say how"):
         StateWords.of({"names": ["x"]})

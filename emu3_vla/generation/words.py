@@ -1,0 +1,91 @@
+"""Writing numbers as words (emu3_vla.number_words), the likeliest at each place, for several sequences at once.
+
+What was said last time is guessed to hold still: the guesses go through the trunk in one pass, and stand as far as they are what would have
+been written one by one. So a scene that rests costs one pass or two in place of one a word, and the words are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from emu3_vla.generation.actions import DecodingFailed
+from emu3_vla.generation.cache import LEAST_ROWS, CachedSequence, Product
+from emu3_vla.number_words import NumberWords, SpelledNumbers
+
+
+class WordWriter:
+    """Of one model. Raises ValueError where a word takes several ids of the text tokenizer."""
+
+    def __init__(self, model: torch.nn.Module, spelled: SpelledNumbers):
+        ids_SB = spelled.single_ids()
+        if ids_SB is None:
+            raise ValueError("the text tokenizer has not every word of the scene as one id; tokenize with one that was fitted with them")
+        self.words: NumberWords = spelled.words
+        self._ids_SB = torch.from_numpy(ids_SB)
+        self._head = Product(model.lm_head.weight[self._ids_SB.flatten()])
+        self._embeddings = model.model.embed_tokens.weight
+
+    @torch.inference_mode()
+    def write_each(
+        self, sequences: Sequence[CachedSequence], states_SH: torch.Tensor, guesses: Sequence[np.ndarray | None]
+    ) -> tuple[list[np.ndarray], list[int]]:
+        """Write all words behind each sequence. states_SH: after what it holds. guesses: bins that may be right, or None.
+
+        Returns the bins of each, uint16 (S,), and how many passes each took. The sequences then hold all words but the last.
+        Raises DecodingFailed.
+        """
+        sentences = [_Sentence(guess) for guess in guesses]
+        states = [[row] for row in states_SH]
+        going = list(range(len(sentences)))
+        while True:
+            for number in going:
+                self._take(sentences[number], sequences[number], states[number])
+            going = [number for number in going if len(sentences[number].bins) < len(self.words.names)]
+            if not going:
+                return [np.array(sentence.bins, np.uint16) for sentence in sentences], [sentence.passes for sentence in sentences]
+            parts = [(sequences[number], self._embeddings[self._ids_of(sentences[number])]) for number in going]
+            for number, rows in zip(going, sequences[0].trunk.extend_each(parts), strict=True):
+                states[number] = list(rows)
+                sentences[number].passes += 1
+
+    def _take(self, sentence: _Sentence, sequence: CachedSequence, states: list[torch.Tensor]) -> None:
+        """Words behind these states: the first is certain, each other is if the guess that its state stands on was right."""
+        for at, chosen in enumerate(self._likeliest(states, len(sentence.bins))):
+            right = at == len(sentence.ahead) or chosen == sentence.ahead[at]
+            sentence.bins.append(chosen)
+            if not right or at == len(sentence.ahead):
+                # What was put in behind the last right guess is of a sentence that is not written.
+                sequence.truncate(sequence.length - (len(sentence.ahead) - at))
+                break
+        last = len(self.words.names) - 1
+        begin = len(sentence.bins)
+        sentence.ahead = [] if sentence.guess is None else [int(number) for number in sentence.guess[begin:last]]
+
+    def _ids_of(self, sentence: _Sentence) -> torch.Tensor:
+        """The word just written, and the guesses behind it."""
+        bins = [sentence.bins[-1], *sentence.ahead]
+        first = len(sentence.bins) - 1
+        return self._ids_SB[torch.arange(first, first + len(bins)), torch.tensor(bins)]
+
+    def _likeliest(self, states: list[torch.Tensor], first: int) -> list[int]:
+        rows = torch.stack(states)
+        logits = self._head(F.pad(rows, (0, 0, 0, max(0, LEAST_ROWS - len(rows)))))[: len(rows)].float()
+        if not torch.isfinite(logits).all():
+            raise DecodingFailed("the model's logits hold NaN or infinity; its weights or its input are broken, and no action was made")
+        by_entry = logits.unflatten(1, (len(self.words.names), self.words.bins))
+        return [int(by_entry[row, first + row].argmax()) for row in range(len(rows))]
+
+
+@dataclass
+class _Sentence:
+    """guess: of all bins. bins: written so far. ahead: guesses that stand in the sequence behind the word last written."""
+
+    guess: np.ndarray | None
+    bins: list[int] = field(default_factory=list)
+    ahead: list[int] = field(default_factory=list)
+    passes: int = 0
