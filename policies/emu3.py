@@ -76,6 +76,7 @@ class Emu3Policy:
             "codebook_size": vocabulary.codebook_size,
             "grids": {grid.name: [grid.rows, grid.columns] for grid in vocabulary.images},
         }
+        self.action_units = settings.actions
         self.seed = seed
         self._shape = {"horizon": settings.horizon, "action_dim": settings.action_dim}
         grammar = self.checkpoint.action_tokenizer.grammar(**self._shape)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import policies
-from eval.environment import EnvConfig, PolicyOptions, load_policy
+from eval.environment import EnvConfig, PolicyOptions, loaded
 from eval.progress import LiveLine, duration
 from eval.provenance import policy_provenance
 from policies import wire
@@ -65,7 +65,7 @@ class ServeConfig(ServerOptions):
     def make_policy(self) -> policies.Policy:
         """The policy, anew."""
         if self.threads is None:
-            return load_policy(self.policy, self.env, self.policy_options)
+            return loaded(self.policy, self.env, self.policy_options)
         return policies.load(self.policy, **self.policy_options.given(), threads=self.threads)
 
 

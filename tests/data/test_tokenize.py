@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -252,3 +253,23 @@ def test_errors_are_named(folder, tokens, tmp_path):
     (tmp_path / "old" / "tokens.json").write_text(json.dumps(manifest | {"schema": 0}))
     with pytest.raises(TokenStoreError, match="has schema 0"):
         TokenStore.open(tmp_path / "old")
+
+
+def test_a_checkpoint_brings_its_tokenizers(tmp_path):
+    config = TokenizeConfig(episodes="x", checkpoint="calvin-d")
+    folder = Path(config.vision_tokenizer).parent
+    assert (folder / "policy.yaml").is_file() and folder.name == "calvin-d"
+    assert [Path(path).name for path in (config.action_tokenizer, config.normalizer, config.text_tokenizer)] == [
+        "action_tokenizer",
+        "normalizer.json",
+        "text_tokenizer",
+    ]
+    assert dataclasses.replace(config, output_dir="y").vision_tokenizer == config.vision_tokenizer
+    with pytest.raises(ValueError, match="text_tokenizer=mine and checkpoint=calvin-d both name one; leave either out"):
+        TokenizeConfig(episodes="x", checkpoint="calvin-d", text_tokenizer="mine")
+    with pytest.raises(ValueError, match="horizon=8, but the chunks of checkpoint=calvin-d have 10 control steps"):
+        TokenizeConfig(episodes="x", checkpoint="calvin-d", horizon=8)
+    with pytest.raises(ValueError, match="vision_tokenizer names no folder; give one, or the checkpoint"):
+        TokenizeConfig(episodes="x")
+    with pytest.raises(FileNotFoundError, match="calvin-e is not a folder"):
+        TokenizeConfig(episodes="x", checkpoint="calvin-e")
