@@ -11,7 +11,8 @@ that were written), then both images of now.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ class Emu3Policy:
     policy.yaml says.
     vision_tokenizer: what code ids must fit that come in the place of images; see policies.codes.
     threads: of this process's tensor operations, which is process-wide; several simulators on one machine want 1 each.
+    workers: how many of the sessions that are decided together look and read their prompts side by side, each with that many threads. No
+    decision depends on it.
     dtype: "float32" or "bfloat16", of the model's arithmetic.
     Raises what emu3_vla.load raises, and ValueError for an option that cannot be.
     """
@@ -57,12 +60,13 @@ class Emu3Policy:
         device: str = "cpu",
         dtype: str = "float32",
         threads: int = 1,
+        workers: int = 1,
         seed: int = 0,
     ):
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-        if threads < 1:
-            raise ValueError(f"threads is {threads}, expected at least 1")
+        if threads < 1 or workers < 1:
+            raise ValueError(f"threads is {threads} and workers {workers}, expected at least 1 each")
         torch.set_num_threads(threads)
         self.checkpoint = load(folder, device=device, dtype=DTYPES[dtype]).require_policy()
         settings, vocabulary = self.checkpoint.policy, self.checkpoint.vocabulary
@@ -83,6 +87,8 @@ class Emu3Policy:
         temperature = settings.temperature if temperature is None else temperature
         self._writer = ActionWriter(self.checkpoint.model, vocabulary, grammar, temperature)
         self._trunk = CachedTrunk(self.checkpoint.model)
+        self._workers = ThreadPoolExecutor(workers, "decisions") if workers > 1 else None
+        self._groups = workers
         self._alone = Session(self)
 
     def sessions(self, number: int) -> list[Session]:
@@ -107,8 +113,8 @@ class Emu3Policy:
 
     @torch.inference_mode()
     def infer_many(self, sessions: Sequence[Session], observations: Sequence[dict[str, np.ndarray]]) -> list[dict[str, Any]]:
-        """What each session's `infer` would answer. Pictures are read session by session; prompts are read together and action ids written
-        together, since either costs reading the model's weights. "timing_s" is a session's share.
+        """What each session's `infer` would answer. Pictures are read session by session; prompts are read together (in `workers` groups)
+        and action ids written together, since either costs reading the model's weights. "timing_s" is a session's share.
 
         Raises what `infer` raises; then no session has changed.
         """
@@ -116,11 +122,14 @@ class Emu3Policy:
         timing: dict[str, float] = {}
         try:
             with _timed(timing, "encode"):
-                images = [session.look(observation) for session, observation in zip(sessions, observations, strict=True)]
+                images = self._side_by_side(Session.look, sessions, observations)
                 committed = [self._committed(observation) for observation in observations]
             with _timed(timing, "prefill"):
-                parts = [(session.sequence, session.unread(seen)) for session, seen in zip(sessions, images, strict=True)]
-                states = torch.stack([states_nH[-1] for states_nH in self._trunk.extend_each(parts)])
+                groups = [slice(first, None, self._groups) for first in range(min(self._groups, len(sessions)))]
+                read = self._side_by_side(self._read, [sessions[group] for group in groups], [images[group] for group in groups])
+                states = torch.empty(len(sessions), self._trunk.config.hidden_size, dtype=read[0].dtype, device=read[0].device)
+                for group, states_SH in zip(groups, read, strict=True):
+                    states[group] = states_SH
             with _timed(timing, "decode"):
                 sequences, generators = [session.sequence for session in sessions], [session.generator for session in sessions]
                 prefixes = [self._prefix(actions) for actions in committed]
@@ -149,6 +158,19 @@ class Emu3Policy:
                 }
             )
         return answers
+
+    def _read(self, sessions: Sequence[Session], images: Sequence[list[Image]]) -> torch.Tensor:
+        """Extend their caches by what they see. The states after "begin of action": (S, H)."""
+        parts = [(session.sequence, session.unread(seen)) for session, seen in zip(sessions, images, strict=True)]
+        return torch.stack([states_nH[-1] for states_nH in self._trunk.extend_each(parts)])
+
+    def _side_by_side(self, what: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
+        """what(...) of each, in the workers. Raises what the first of them raised, after all have ended."""
+        if self._workers is None or len(arguments[0]) == 1:
+            return [what(*each) for each in zip(*arguments, strict=True)]
+        under_way = [self._workers.submit(torch.inference_mode()(what), *each) for each in zip(*arguments, strict=True)]
+        wait(under_way)
+        return [one.result() for one in under_way]
 
     def new_sequence(self) -> CachedSequence:
         """A cache that a whole document fits into."""
