@@ -11,7 +11,7 @@ that were written), then both images of now.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +37,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Longest instruction that is expected, in text ids; only the cache's size depends on it.
 MAX_TEXT_IDS = 256
 
+_Decided = tuple[list[list[Segment]], list[dict[str, Any]]]  # of each session: the chunk that it did, its answer
+
 
 class Emu3Policy:
     """A checkpoint folder as a policy; see policies.base.Policy.
@@ -45,8 +47,8 @@ class Emu3Policy:
     policy.yaml says.
     vision_tokenizer: what code ids must fit that come in the place of images; see policies.codes.
     threads: of this process's tensor operations, which is process-wide; several simulators on one machine want 1 each.
-    workers: how many of the sessions that are decided together look and read their prompts side by side, each with that many threads. No
-    decision depends on it.
+    workers: groups of sessions that are decided side by side where several are asked at once, each with that many threads. No decision
+    depends on it.
     dtype: "float32" or "bfloat16", of the model's arithmetic.
     Raises what emu3_vla.load raises, and ValueError for an option that cannot be.
     """
@@ -87,8 +89,7 @@ class Emu3Policy:
         temperature = settings.temperature if temperature is None else temperature
         self._writer = ActionWriter(self.checkpoint.model, vocabulary, grammar, temperature)
         self._trunk = CachedTrunk(self.checkpoint.model)
-        self._workers = ThreadPoolExecutor(workers, "decisions") if workers > 1 else None
-        self._groups = workers
+        self._workers, self._threads = workers, ThreadPoolExecutor(workers, "decisions")
         self._alone = Session(self)
 
     def sessions(self, number: int) -> list[Session]:
@@ -113,37 +114,53 @@ class Emu3Policy:
 
     @torch.inference_mode()
     def infer_many(self, sessions: Sequence[Session], observations: Sequence[dict[str, np.ndarray]]) -> list[dict[str, Any]]:
-        """What each session's `infer` would answer. Pictures are read session by session; prompts are read together (in `workers` groups)
-        and action ids written together, since either costs reading the model's weights. "timing_s" is a session's share.
+        """What each session's `infer` would answer. Pictures are read session by session; prompts are read together and action ids written
+        together, since either costs reading the model's weights. With `workers` so many groups are decided side by side. "timing_s" is a
+        session's share.
 
         Raises what `infer` raises; then no session has changed.
         """
         before = [(session, session.state()) for session in sessions]
-        timing: dict[str, float] = {}
+        groups = [slice(first, None, self._workers) for first in range(min(self._workers, len(sessions)))]
         try:
-            with _timed(timing, "encode"):
-                images = self._side_by_side(Session.look, sessions, observations)
-                committed = [self._committed(observation) for observation in observations]
-            with _timed(timing, "prefill"):
-                groups = [slice(first, None, self._groups) for first in range(min(self._groups, len(sessions)))]
-                read = self._side_by_side(self._read, [sessions[group] for group in groups], [images[group] for group in groups])
-                states = torch.empty(len(sessions), self._trunk.config.hidden_size, dtype=read[0].dtype, device=read[0].device)
-                for group, states_SH in zip(groups, read, strict=True):
-                    states[group] = states_SH
-            with _timed(timing, "decode"):
-                sequences, generators = [session.sequence for session in sessions], [session.generator for session in sessions]
-                prefixes = [self._prefix(actions) for actions in committed]
-                written = self._writer.write_each(sequences, states, generators, prefixes)
-            with _timed(timing, "detokenize"):
-                decoded = [self._actions(chunk.ids) for chunk in written]
+            decided = self._side_by_side([sessions[group] for group in groups], [observations[group] for group in groups])
         except Exception:
             for session, state in before:
                 session.restore(state)
             raise
+        answers: list[dict[str, Any]] = [{}] * len(sessions)
+        for group, (chunks, answered) in zip(groups, decided, strict=True):
+            answers[group] = answered
+            for session, chunk in zip(sessions[group], chunks, strict=True):
+                session.remember(chunk)
+        return answers
+
+    def _side_by_side(self, groups: Sequence[Sequence[Session]], observations: Sequence[Sequence[dict[str, np.ndarray]]]) -> list[_Decided]:
+        """`_decide` of each group, in threads. Raises what the first of them raised, after all have ended."""
+        if len(groups) == 1:
+            return [self._decide(groups[0], observations[0])]
+        decide = torch.inference_mode()(self._decide)  # a thread's own mode
+        under_way = [self._threads.submit(decide, *each) for each in zip(groups, observations, strict=True)]
+        wait(under_way)
+        return [one.result() for one in under_way]
+
+    def _decide(self, sessions: Sequence[Session], observations: Sequence[dict[str, np.ndarray]]) -> _Decided:
+        """Each session's chunk, for it to remember, and answer."""
+        timing: dict[str, float] = {}
+        with _timed(timing, "encode"):
+            images = [session.look(observation) for session, observation in zip(sessions, observations, strict=True)]
+            committed = [self._committed(observation) for observation in observations]
+        with _timed(timing, "prefill"):
+            parts = [(session.sequence, session.unread(seen)) for session, seen in zip(sessions, images, strict=True)]
+            states = torch.stack([states_nH[-1] for states_nH in self._trunk.extend_each(parts)])
+        with _timed(timing, "decode"):
+            sequences, generators = [session.sequence for session in sessions], [session.generator for session in sessions]
+            prefixes = [self._prefix(actions) for actions in committed]
+            written = self._writer.write_each(sequences, states, generators, prefixes)
+        with _timed(timing, "detokenize"):
+            decoded = [self._actions(chunk.ids) for chunk in written]
         answers = []
-        for session, seen, chunk, ahead, made in zip(sessions, images, written, committed, decoded, strict=True):
-            actions, clipped, coefficients = made
-            session.remember([*seen, ActionChunk(chunk.ids)])
+        for chunk, ahead, (actions, clipped, coefficients) in zip(written, committed, decoded, strict=True):
             answers.append(
                 {
                     "actions": actions if ahead is None else rejoin(actions, ahead).astype(np.float32),
@@ -157,20 +174,7 @@ class Emu3Policy:
                     "timing_s": {stage: seconds / len(sessions) for stage, seconds in timing.items()},
                 }
             )
-        return answers
-
-    def _read(self, sessions: Sequence[Session], images: Sequence[list[Image]]) -> torch.Tensor:
-        """Extend their caches by what they see. The states after "begin of action": (S, H)."""
-        parts = [(session.sequence, session.unread(seen)) for session, seen in zip(sessions, images, strict=True)]
-        return torch.stack([states_nH[-1] for states_nH in self._trunk.extend_each(parts)])
-
-    def _side_by_side(self, what: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
-        """what(...) of each, in the workers. Raises what the first of them raised, after all have ended."""
-        if self._workers is None or len(arguments[0]) == 1:
-            return [what(*each) for each in zip(*arguments, strict=True)]
-        under_way = [self._workers.submit(torch.inference_mode()(what), *each) for each in zip(*arguments, strict=True)]
-        wait(under_way)
-        return [one.result() for one in under_way]
+        return [[*seen, ActionChunk(chunk.ids)] for seen, chunk in zip(images, written, strict=True)], answers
 
     def new_sequence(self) -> CachedSequence:
         """A cache that a whole document fits into."""

@@ -39,7 +39,7 @@ class ServeConfig(ServerOptions):
     policy: str = policies.SHIPPED  # expert, zero, random, a shipped name, or a checkpoint folder
     policy_options: PolicyOptions = field(default_factory=PolicyOptions)
     threads: int | None = None  # of a checkpoint's arithmetic; as many as there are cores that nobody else uses
-    workers: int | None = None  # clients of a batch whose pictures and prompts a checkpoint reads side by side, each with those threads
+    workers: int | None = None  # groups into which a checkpoint parts a batch, decided side by side, each with those threads
     env: EnvConfig = field(default_factory=EnvConfig)  # the expert wants to know the scene
     token_file: str = ""  # holds what clients must show; empty: that in EMU3_VLA_TOKEN, and none without it
     seconds: float = 0.0  # serve so long; 0: until interrupted
