@@ -7,10 +7,10 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 OUT=${OUT:-outputs/pointing}
 PYTHON=${PYTHON:-python}
-EPISODES=50 SHARDS=16 CHAINS=4 STEPS=800 BATCH=32 ROLLOUTS=50 PER_TASK=5 LIMIT=240 TASKS='[]'
+EPISODES=50 PART=300 SHARDS=16 CHAINS=4 STEPS=800 BATCH=32 ROLLOUTS=50 PER_TASK=5 LIMIT=240 TASKS='[]'
 PROCESSES=${PROCESSES:-2} HELD_OUT=0.05 COMPILE=${COMPILE:-true}
 if [ -n "${SMALL:-}" ]; then
-    EPISODES=3 SHARDS=2 CHAINS=1 STEPS=2 BATCH=4 ROLLOUTS=1 PER_TASK=1 LIMIT=20 TASKS='[open_drawer]'
+    EPISODES=3 PART=60 SHARDS=2 CHAINS=1 STEPS=2 BATCH=4 ROLLOUTS=1 PER_TASK=1 LIMIT=20 TASKS='[open_drawer]'
     PROCESSES=1 HELD_OUT=0.5 COMPILE=false
 fi
 export OMP_NUM_THREADS=1
@@ -19,7 +19,7 @@ emu3_vla() { "$PYTHON" -m emu3_vla.cli "$@"; }
 # The demonstrations: recorded, looked at, converted.
 "$PYTHON" -m examples.finetune.teleoperation output_dir="$OUT/recorded" episodes=$EPISODES seed=0
 [ -f "$OUT/inspected/inspection.json" ] || emu3_vla inspect "$OUT/recorded" output_dir="$OUT/inspected"
-emu3_vla convert source="$OUT/recorded" target_format=zarr mapping=examples/finetune/mapping.yaml steps_per_part=300 output_dir="$OUT/episodes"
+emu3_vla convert source="$OUT/recorded" target_format=zarr mapping=examples/finetune/mapping.yaml steps_per_part=$PART output_dir="$OUT/episodes"
 # Demonstrations of the old tasks, so that they are not forgotten; then both in the checkpoint's own ids.
 emu3_vla collect output_dir="$OUT/replay" shards=$SHARDS chains_per_shard=$CHAINS seed=7 workers=$PROCESSES
 emu3_vla tokenize episodes="[$OUT/episodes,$OUT/replay]" checkpoint=calvin-d workers=$PROCESSES output_dir="$OUT/tokens"

@@ -126,11 +126,11 @@ def test_commands_of_the_page_are_accepted(command):
 
 def test_the_page_says_what_the_script_runs():
     script = re.sub(r"\s+", " ", (ROOT / "examples/finetune/run.sh").read_text().replace("\\\n", " "))
-    for option in ("steps_per_part=300", "checkpoint=calvin-d", "lora_rank=16 optimizer.learning_rate=1e-3"):
+    for option in ("checkpoint=calvin-d", "lora_rank=16 optimizer.learning_rate=1e-3"):
         assert option in script and option in re.sub(r"\s+", " ", PAGE), option
-    for name, value in re.findall(r"\b(EPISODES|SHARDS|CHAINS|STEPS|BATCH|ROLLOUTS|PER_TASK)=(\d+) ", script.split("if [")[0]):
+    for name, value in re.findall(r"\b(EPISODES|PART|SHARDS|CHAINS|STEPS|BATCH|ROLLOUTS|PER_TASK)=(\d+) ", script.split("if [")[0]):
         said = {"EPISODES": "episodes", "SHARDS": "shards", "CHAINS": "chains_per_shard", "STEPS": "steps", "BATCH": "batch_size"}
-        said |= {"ROLLOUTS": "rollouts", "PER_TASK": "eval.rollouts_per_task"}
+        said |= {"PART": "steps_per_part", "ROLLOUTS": "rollouts", "PER_TASK": "eval.rollouts_per_task"}
         assert f" {said[name]}={value} " in PAGE, name
 
 
