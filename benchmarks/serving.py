@@ -1,12 +1,14 @@
 """What serving costs, what batching gains, and how many bytes an observation takes.
 
     python -m benchmarks.serving                                          all three
-    python -m benchmarks.serving policy=calvin-d clients=8 decisions=20 rounds=3 threads=1
+    python -m benchmarks.serving policy=calvin-d clients=8 decisions=20 rounds=3 threads=1 workers=2
+    python -m benchmarks.serving only=batching                            what the policy itself gains by batches, without network and clock
 
 Overhead: a client's round trip less the time that the policy itself took, on loopback, two images of 200×200 (bar: 3 ms at the median).
-Throughput: answers a second of one client and of several, in turns (bar: 3 times as many with 8). First they ask as fast as they are
-answered, then as arms do, which execute each chunk, 10 steps of 30 Hz, before they ask again. By the clock, which means something on a
-machine at rest, and by the server's processor time.
+Throughput: answers a second of one client and of several, in turns (bar: 3 times as many with 8), about what the simulator's cameras
+see. First they ask as fast as they are answered, then as arms do, which execute each chunk, 10 steps of 30 Hz, before they ask again. By
+the clock, which means something on a machine at rest, and by the server's processor time.
+Batching: processor time of a decision by stage, alone and in a batch of several, in turns, in this process.
 Bytes: of a whole message with the cameras' own images of the simulator, as pixels, JPEG, code ids and packed ids; decisions from ids are
 compared with those from pixels.
 """
@@ -110,10 +112,11 @@ def overhead(policy: str, requests: int) -> tuple[np.ndarray, float]:
     return np.array(added[warming:]), 1e3 * cpu_s / requests
 
 
-def throughput(served: Served, clients: int, decisions: int, acting_s: float) -> tuple[float, float, float]:
+def throughput(
+    served: Served, clients: int, decisions: int, acting_s: float, seen: list[dict[str, np.ndarray]]
+) -> tuple[float, float, float]:
     """(answers/s by the clock, answers/s of the server's processor time, requests a batch). acting_s: between an answer and a question."""
     remotes = [RemotePolicy(served.address) for _ in range(clients)]
-    seen = [images(seed) for seed in range(5)]
     batches: list[int] = []
 
     def drive(remote: RemotePolicy, number: int, count: int, keep: Callable[[int], None]) -> None:
@@ -136,6 +139,58 @@ def throughput(served: Served, clients: int, decisions: int, acting_s: float) ->
     return clients * decisions / seconds, clients * decisions / cpu_s, float(np.mean(batches))
 
 
+def batching(policy: str, together: int, rounds: int, seen: list[dict[str, np.ndarray]]) -> dict[int, dict[str, float]]:
+    """Milliseconds of processor time of one decision by stage, and ids of a chunk: {sessions in the batch: {stage: ...}}."""
+    from policies import emu3
+
+    @contextmanager
+    def timed(timing: dict[str, float], stage: str):
+        began = time.process_time()
+        yield
+        timing[stage] = time.process_time() - began
+
+    emu3._timed = timed  # by the clock of the process: others may be busy on this machine
+    actor = policies.load(policy, threads=1)
+    measured: dict[int, list[dict[str, float]]] = {1: [], together: []}
+    sessions = {number: actor.sessions(together) for number in measured}
+    for session in (session for group in sessions.values() for session in group):
+        session.reset(PROMPT)
+    for step in range(3 + rounds):  # the first three fill the history
+        for number, group in sessions.items():  # the same sessions see the same and decide the same, one by one or together
+            for first in range(0, together, number):
+                observations = [seen[(first + k + step) % len(seen)] for k in range(number)]
+                for answer in actor.infer_many(group[first : first + number], observations):
+                    if step >= 3:
+                        stages = {name: 1e3 * seconds for name, seconds in answer["timing_s"].items()}
+                        measured[number].append(stages | {"ids": len(answer["token_ids"])})
+    return {number: {name: float(np.mean([one[name] for one in rows])) for name in rows[0]} for number, rows in measured.items()}
+
+
+def say_batching(policy: str, together: int, rounds: int, seen: list[dict[str, np.ndarray]]) -> None:
+    """Print what `batching` gives, and the ratio."""
+    measured = batching(policy, together, rounds, seen)
+    totals = {number: sum(ms for name, ms in stages.items() if name != "ids") for number, stages in measured.items()}
+    for number, stages in measured.items():
+        parts = ", ".join(f"{name} {value:.1f}" for name, value in stages.items())
+        print(f"a decision in a batch of {number}: {totals[number]:.1f} ms of processor time ({parts})")
+    print(f"  {together} over one: {totals[1] / totals[together]:.2f} by processor time")
+
+
+def demonstration() -> list[dict[str, np.ndarray]]:
+    """What the cameras see every ten steps while the drawer is opened: a policy that was taught it writes chunks of the usual length."""
+    from envs.calvin.expert.policy import ExpertPolicy
+
+    env, expert, seen = EnvConfig().make(), ExpertPolicy("D", acceleration=0.2), []
+    state, _ = env.reset(seed=0)
+    expert.reset(PROMPT, task="open_drawer")
+    for step in range(60):
+        if step % CHUNK == 0:
+            seen.append(dict(env.observe()))
+        state = env.step(expert.infer(state)["actions"][0])[0]
+    env.close()
+    return seen
+
+
 def frames(number: int) -> list[dict[str, np.ndarray]]:
     """What the simulator's cameras see, along a random motion."""
     env, random, seen = EnvConfig().make(), np.random.default_rng(0), []
@@ -146,6 +201,21 @@ def frames(number: int) -> list[dict[str, np.ndarray]]:
         seen.append(dict(env.observe()))
     env.close()
     return seen
+
+
+def say_throughput(policy: str, clients: int, decisions: int, rounds: int, seen: list[dict[str, np.ndarray]], *options: str) -> None:
+    """Print answers a second of one client and of several, and the ratios."""
+    with serve(policy, *options, "deadline_ms=120000") as served:
+        for said, acting_s in (("asking at once", 0.0), ("acting between", CHUNK / CONTROL_HZ)):
+            one, many = [], []
+            for _ in range(rounds):
+                one.append(throughput(served, 1, decisions, acting_s, seen))
+                many.append(throughput(served, clients, decisions, acting_s, seen))
+            for number, measured in ((1, one), (clients, many)):
+                clock, cpu, batch = np.median(measured, axis=0)
+                print(f"{number} clients, {said}: {clock:.2f} answers/s by the clock, {cpu:.2f} of processor time, {batch:.1f} a batch")
+            ratios = np.median(many, axis=0) / np.median(one, axis=0)
+            print(f"  {clients} over one: {ratios[0]:.2f} by the clock, {ratios[1]:.2f} by processor time (bar {THROUGHPUT_BAR})")
 
 
 def bytes_of(observations: list[dict[str, np.ndarray]], tokenizer: EdgeTokenizer) -> dict[str, float]:
@@ -189,24 +259,29 @@ def same_decisions(policy: str, observations: list[dict[str, np.ndarray]], token
     return same, len(observations)
 
 
-def main(policy: str = policies.SHIPPED, clients: int = 8, decisions: int = 20, rounds: int = 3, threads: int = 1, requests: int = 300):
-    """Print all three."""
+def main(
+    policy: str = policies.SHIPPED,
+    clients: int = 8,
+    decisions: int = 20,
+    rounds: int = 3,
+    threads: int = 1,
+    workers: int = 1,
+    requests: int = 300,
+    only: str = "",
+):
+    """Print all of it, or `only` batching or throughput."""
+    seen = demonstration()
+    if only in ("", "batching"):
+        say_batching(policy, clients, rounds, seen)
+    if only in ("", "throughput"):
+        say_throughput(policy, clients, decisions, rounds, seen, f"threads={threads}", f"workers={workers}")
+    if only:
+        return
     added, cpu_ms = overhead("benchmarks.serving:Costless", requests)
     print(
         f"serving adds {np.percentile(added, 50):.2f} ms at the median, {np.percentile(added, 99):.2f} at p99, {added.min():.2f} at least "
         f"(bar {OVERHEAD_BAR_MS} ms); {cpu_ms:.2f} ms of processor time on both sides"
     )
-    with serve(policy, f"threads={threads}", "deadline_ms=120000") as served:
-        for said, acting_s in (("asking at once", 0.0), ("acting between", CHUNK / CONTROL_HZ)):
-            one, many = [], []
-            for _ in range(rounds):
-                one.append(throughput(served, 1, decisions, acting_s))
-                many.append(throughput(served, clients, decisions, acting_s))
-            for number, measured in ((1, one), (clients, many)):
-                clock, cpu, batch = np.median(measured, axis=0)
-                print(f"{number} clients, {said}: {clock:.2f} answers/s by the clock, {cpu:.2f} of processor time, {batch:.1f} a batch")
-            ratios = np.median(many, axis=0) / np.median(one, axis=0)
-            print(f"  {clients} over one: {ratios[0]:.2f} by the clock, {ratios[1]:.2f} by processor time (bar {THROUGHPUT_BAR})")
     folder = policies.checkpoint_folder(policy)
     tokenizer, seen = EdgeTokenizer(folder / "vision_tokenizer"), frames(12)
     sizes = bytes_of(seen, tokenizer)
@@ -217,4 +292,4 @@ def main(policy: str = policies.SHIPPED, clients: int = 8, decisions: int = 20, 
 
 if __name__ == "__main__":
     given = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    main(**{name: value if name == "policy" else int(value) for name, value in given.items()})
+    main(**{name: value if name in ("policy", "only") else int(value) for name, value in given.items()})

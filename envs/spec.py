@@ -66,6 +66,33 @@ SENSORS: dict[str, ArraySpec] = {
 }
 """What an environment adds when asked to. Keys, shapes and dtypes are those of CALVIN's dataset."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class ActionUnits:
+    """What an action of 1 is, and how many a second there are. The defaults are those of everything here that takes actions.
+
+    kind: "tool", a step of the tool in the world frame, or "joints", of up to six joints in units of rotation_unit_rad.
+    """
+
+    kind: str = "tool"
+    position_unit_m: float = MAX_RELATIVE_POSITION_M
+    rotation_unit_rad: float = MAX_RELATIVE_ROTATION_RAD
+    rate_hz: float = CONTROL_HZ
+
+    def __post_init__(self):
+        if self.kind not in ("tool", "joints"):
+            raise ValueError(f"actions are of kind {self.kind!r}, expected tool or joints")
+        for name in ("position_unit_m", "rotation_unit_rad", "rate_hz"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise ValueError(f"actions: {name} is {value!r}, expected a number above 0")
+
+    def __str__(self) -> str:
+        if self.kind == "joints":
+            return f"steps of joints of {self.rotation_unit_rad:g} rad at {self.rate_hz:g} Hz"
+        return f"steps of the tool of {self.position_unit_m:g} m and {self.rotation_unit_rad:g} rad at {self.rate_hz:g} Hz"
+
+
 COMMITTED_ACTIONS = "committed_actions"
 """Key under which an observation tells a policy the actions (n, 7) that will be executed while it decides: the chunk that it answers begins
 with them. A policy that heeds it answers "committed": n as well. See policies.chunking."""

@@ -17,6 +17,7 @@ from envs.calvin.scenes import asset_folder, scene_named
 from envs.robot import Arm, RobotEnv, SimulatedArmOptions
 from policies.base import Policy
 from policies.chunking import ChunkedPolicy, ChunkingOptions
+from policies.units import in_units
 
 if TYPE_CHECKING:
     from envs.calvin import CalvinEnv
@@ -138,10 +139,16 @@ class PolicyOptions:
 
 
 def load_policy(name: str, env: EnvConfig, options: PolicyOptions | None = None, chunking: ChunkingOptions | None = None) -> Policy:
-    """The policy called `name`; a policy with privileged knowledge of the scene is told which one it is. chunking: how it acts."""
-    told: dict[str, Any] = {"scene": env.scene} if name == "expert" else {}
-    policy = policies.load(name, **told, **(options.given() if options else {}))
+    """The policy called `name`, in the units of every simulator and arm here; a policy with privileged knowledge of the scene is told which
+    one it is. chunking: how it acts. Raises ActionUnitsMismatch, and what policies.load raises."""
+    policy = in_units(loaded(name, env, options))
     return policy if chunking is None or chunking.plain else ChunkedPolicy(policy, chunking, realtime=env.realtime)
+
+
+def loaded(name: str, env: EnvConfig, options: PolicyOptions | None = None) -> Policy:
+    """The same as it is, in its own units: to be served, since an arm elsewhere may take them."""
+    told: dict[str, Any] = {"scene": env.scene} if name == "expert" else {}
+    return policies.load(name, **told, **(options.given() if options else {}))
 
 
 def made_arm(dotted: str) -> Arm:

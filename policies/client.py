@@ -21,7 +21,7 @@ import numpy as np
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
-from envs.spec import OBSERVATION, SENSORS
+from envs.spec import OBSERVATION, SENSORS, ActionUnits
 from policies import wire
 from policies.codes import pack_codes
 
@@ -96,6 +96,7 @@ class RemotePolicy:
         self._connect()
         self.name = f"{self.metadata['policy']} at {url}"
         self.requires = frozenset(self.metadata["requires"])
+        self.action_units = ActionUnits(**self.metadata.get("actions", {}))  # a server that does not say means ours
 
     def begin_chain(self) -> None:
         """See policies.base.Policy; travels with the next observation."""
@@ -198,7 +199,7 @@ class RemotePolicy:
                 if isinstance(error, ssl.SSLError) or time.monotonic() >= end:
                     raise ServerUnavailable(f"no server answers at {self.url} ({error}); start one with 'emu3-vla serve'") from error
                 time.sleep(min(0.2, max(0.0, end - time.monotonic())))
-        known = {key: self.metadata.get(key) for key in ("policy", "requires", "vision_tokenizer")}
+        known = {key: self.metadata.get(key) for key in ("policy", "requires", "vision_tokenizer", "actions")}
         if self.metadata and known != {key: metadata.get(key) for key in known}:
             self.close()
             raise ServerUnavailable(f"another policy is at {self.url} now: {metadata.get('policy')}, it was {known['policy']}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Longest instruction that is expected, in text ids; only the cache's size depends on it.
 MAX_TEXT_IDS = 256
 
+_Decided = tuple[list[list[Segment]], list[dict[str, Any]]]  # of each session: the chunk that it did, its answer
+
 
 class Emu3Policy:
     """A checkpoint folder as a policy; see policies.base.Policy.
@@ -47,6 +50,8 @@ class Emu3Policy:
     policy.yaml says.
     vision_tokenizer: what code ids must fit that come in the place of images; see policies.codes.
     threads: of this process's tensor operations, which is process-wide; several simulators on one machine want 1 each.
+    workers: groups of sessions that are decided side by side where several are asked at once, each with that many threads. No decision
+    depends on it.
     dtype: "float32" or "bfloat16", of the model's arithmetic.
     Raises what emu3_vla.load raises, and ValueError for an option that cannot be.
     """
@@ -60,12 +65,13 @@ class Emu3Policy:
         device: str = "cpu",
         dtype: str = "float32",
         threads: int = 1,
+        workers: int = 1,
         seed: int = 0,
     ):
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-        if threads < 1:
-            raise ValueError(f"threads is {threads}, expected at least 1")
+        if threads < 1 or workers < 1:
+            raise ValueError(f"threads is {threads} and workers {workers}, expected at least 1 each")
         torch.set_num_threads(threads)
         self.checkpoint = load(folder, device=device, dtype=DTYPES[dtype]).require_policy()
         settings, vocabulary = self.checkpoint.policy, self.checkpoint.vocabulary
@@ -83,6 +89,7 @@ class Emu3Policy:
             "codebook_size": vocabulary.codebook_size,
             "grids": {grid.name: [grid.rows, grid.columns] for grid in vocabulary.images},
         }
+        self.action_units = settings.actions
         self.seed = seed
         self._shape = {"horizon": settings.horizon, "action_dim": settings.action_dim}
         grammar = self.checkpoint.action_tokenizer.grammar(**self._shape)
@@ -90,6 +97,7 @@ class Emu3Policy:
         self._writer = ActionWriter(self.checkpoint.model, vocabulary, grammar, temperature)
         self._words = WordWriter(self.checkpoint.model, self.scenes) if self.scenes else None
         self._trunk = CachedTrunk(self.checkpoint.model)
+        self._workers, self._threads = workers, ThreadPoolExecutor(workers, "decisions")
         self._alone = Session(self)
 
     def sessions(self, number: int) -> list[Session]:
@@ -119,37 +127,57 @@ class Emu3Policy:
     @torch.inference_mode()
     def infer_many(self, sessions: Sequence[Session], observations: Sequence[dict[str, np.ndarray]]) -> list[dict[str, Any]]:
         """What each session's `infer` would answer. Pictures are read session by session; prompts are read together and action ids written
-        together, since either costs reading the model's weights. "timing_s" is a session's share.
+        together, since either costs reading the model's weights. With `workers` so many groups are decided side by side. "timing_s" is a
+        session's share.
 
         Raises what `infer` raises; then no session has changed.
         """
         before = [(session, session.state()) for session in sessions]
-        timing: dict[str, float] = {}
+        groups = [slice(first, None, self._workers) for first in range(min(self._workers, len(sessions)))]
         try:
-            with _timed(timing, "encode"):
-                looks = [session.look(observation) for session, observation in zip(sessions, observations, strict=True)]
-                committed = [self._committed(observation) for observation in observations]
-            with _timed(timing, "prefill"):
-                parts = [(session.sequence, session.unread(seen)) for session, seen in zip(sessions, looks, strict=True)]
-                states = torch.stack([states_nH[-1] for states_nH in self._trunk.extend_each(parts)])
-            if self._words:
-                with _timed(timing, "describe"):
-                    scenes, states = self._described(sessions, states)
-                    looks = [[*seen, Text(self.scenes.ids(scene))] for seen, scene in zip(looks, scenes, strict=True)]
-            with _timed(timing, "decode"):
-                sequences, generators = [session.sequence for session in sessions], [session.generator for session in sessions]
-                prefixes = [self._prefix(actions) for actions in committed]
-                written = self._writer.write_each(sequences, states, generators, prefixes)
-            with _timed(timing, "detokenize"):
-                decoded = [self._actions(chunk.ids) for chunk in written]
+            decided = self._side_by_side([sessions[group] for group in groups], [observations[group] for group in groups])
         except Exception:
             for session, state in before:
                 session.restore(state)
             raise
+        answers: list[dict[str, Any]] = [{}] * len(sessions)
+        for group, (chunks, answered) in zip(groups, decided, strict=True):
+            answers[group] = answered
+            for session, chunk, answer in zip(sessions[group], chunks, answered, strict=True):
+                session.remember(chunk, answer.get("scene"))
+        return answers
+
+    def _side_by_side(self, groups: Sequence[Sequence[Session]], observations: Sequence[Sequence[dict[str, np.ndarray]]]) -> list[_Decided]:
+        """`_decide` of each group, in threads. Raises what the first of them raised, after all have ended."""
+        if len(groups) == 1:
+            return [self._decide(groups[0], observations[0])]
+        decide = torch.inference_mode()(self._decide)  # a thread's own mode
+        under_way = [self._threads.submit(decide, *each) for each in zip(groups, observations, strict=True)]
+        wait(under_way)
+        return [one.result() for one in under_way]
+
+    def _decide(self, sessions: Sequence[Session], observations: Sequence[dict[str, np.ndarray]]) -> _Decided:
+        """Each session's chunk, for it to remember, and answer."""
+        timing: dict[str, float] = {}
+        with _timed(timing, "encode"):
+            looks = [session.look(observation) for session, observation in zip(sessions, observations, strict=True)]
+            committed = [self._committed(observation) for observation in observations]
+        with _timed(timing, "prefill"):
+            parts = [(session.sequence, session.unread(seen)) for session, seen in zip(sessions, looks, strict=True)]
+            states = torch.stack([states_nH[-1] for states_nH in self._trunk.extend_each(parts)])
+        scenes: list[np.ndarray] = []
+        if self._words:
+            with _timed(timing, "describe"):
+                scenes, states = self._described(sessions, states)
+                looks = [[*seen, Text(self.scenes.ids(scene))] for seen, scene in zip(looks, scenes, strict=True)]
+        with _timed(timing, "decode"):
+            sequences, generators = [session.sequence for session in sessions], [session.generator for session in sessions]
+            prefixes = [self._prefix(actions) for actions in committed]
+            written = self._writer.write_each(sequences, states, generators, prefixes)
+        with _timed(timing, "detokenize"):
+            decoded = [self._actions(chunk.ids) for chunk in written]
         answers = []
-        for session, seen, chunk, ahead, made in zip(sessions, looks, written, committed, decoded, strict=True):
-            actions, clipped, coefficients = made
-            session.remember([*seen, ActionChunk(chunk.ids)], scenes[len(answers)] if self._words else None)
+        for chunk, ahead, (actions, clipped, coefficients) in zip(written, committed, decoded, strict=True):
             answers.append(
                 {
                     "actions": actions if ahead is None else rejoin(actions, ahead).astype(np.float32),
@@ -160,15 +188,16 @@ class Emu3Policy:
                     "probability": chunk.probability,
                     "clipped": clipped,
                     "coefficients": coefficients,
-                    **({"scene": self._named(scenes[len(answers)])} if self._words else {}),
+                    **({"scene": self._named(scenes[len(answers)])} if scenes else {}),
                     "timing_s": {stage: seconds / len(sessions) for stage, seconds in timing.items()},
                 }
             )
-        return answers
+        return [[*seen, ActionChunk(chunk.ids)] for seen, chunk in zip(looks, written, strict=True)], answers
 
     def _described(self, sessions: Sequence[Session], states_SH: torch.Tensor) -> tuple[list[np.ndarray], torch.Tensor]:
         """What each session sees, in bins, and its state after "begin of action", which follows."""
-        scenes, _ = self._words.write_each([session.sequence for session in sessions], states_SH, [session.scene for session in sessions])
+        before = [None if session.scene is None else self.scenes.words.numbers(list(session.scene.values())) for session in sessions]
+        scenes, _ = self._words.write_each([session.sequence for session in sessions], states_SH, before)
         embeddings, begin = self.checkpoint.model.model.embed_tokens.weight, self.checkpoint.vocabulary.begin_action
         last = [[self.scenes.ids(scene)[-1], begin] for scene in scenes]
         parts = [(session.sequence, embeddings[ids]) for session, ids in zip(sessions, last, strict=True)]
@@ -220,7 +249,7 @@ class Session:
         self.sequence = policy.new_sequence()
         self.generator = torch.Generator(policy.checkpoint.model.device)
         self._text: Text | None = None
-        self.scene: np.ndarray | None = None  # what was seen last in this subtask, in bins
+        self.scene: dict[str, float] | None = None  # what was seen last in this subtask
         self._past: list[list[Segment]] = []  # segments of each chunk of this subtask that is still shown
 
     def reset(self, instruction: str, *, task: str | None = None, seed: int | None = None) -> None:
@@ -287,7 +316,7 @@ class Session:
             embedded = torch.cat([embedded, model.model.embed_tokens.weight[vocabulary.begin_action][None]])
         return embedded[self.sequence.length :]
 
-    def remember(self, chunk: list[Segment], scene: np.ndarray | None) -> None:
+    def remember(self, chunk: list[Segment], scene: dict[str, float] | None) -> None:
         """Add a chunk, and what was seen, to the past. Where the oldest must go, all after the instruction moves: the cache keeps that."""
         self._past.append(chunk)
         self.scene = scene

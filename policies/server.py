@@ -20,7 +20,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,10 +28,11 @@ from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
-from envs.spec import CONTROL_HZ, OBSERVATION
+from envs.spec import OBSERVATION
 from policies import wire
 from policies.base import Policy
 from policies.requests import CONTROL_KEYS, MAX_TEXT, read_request
+from policies.units import units_of
 from policies.wire import DeadlineExceeded, InvalidRequest, PolicyFailed, ServerBusy, ServingError
 
 PROTOCOL = "emu3-vla/1"
@@ -441,7 +442,8 @@ def describe(policy: Policy, options: ServerOptions) -> dict[str, Any]:
             if name in OBSERVATION
         },
         "keys": options.renamed,
-        "control_hz": CONTROL_HZ,
+        "control_hz": units_of(policy).rate_hz,
+        "actions": asdict(units_of(policy)),
         "max_message_bytes": options.max_message_bytes,
         "deadline_ms": options.deadline_ms,
     }

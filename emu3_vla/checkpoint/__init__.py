@@ -14,6 +14,7 @@ from emu3_vla.checkpoint.folder import (
     Checkpoint,
     PolicySettings,
     load_weights,
+    read_policy,
     save,
     save_loaded,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "PolicySettings",
     "load",
     "load_weights",
+    "read_policy",
     "save",
     "save_loaded",
 ]

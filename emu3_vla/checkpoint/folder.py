@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,11 @@ from emu3_vla.checkpoint.layouts import CONFIG, OURS, read_json
 from emu3_vla.checkpoint.weights import WeightFiles, write_weights
 from emu3_vla.emu3_text import Emu3TextTokenizer
 from emu3_vla.model import BlockEmu3Config, BlockEmu3ForCausalLM
-from emu3_vla.number_words import NumberWords, NumberWordsError, StateWords
+from emu3_vla.number_words import NumberWords, StateWords
 from emu3_vla.text import TextTokenizer
 from emu3_vla.vision_tokenizer import VisionTokenizer
 from emu3_vla.vocabulary import Emu3Vocabulary, Vocabulary, load_vocabulary
+from envs.spec import ActionUnits
 
 FORMAT = 1
 MODEL, VISION, TEXT, ACTION = "model", "vision_tokenizer", "text_tokenizer", "action_tokenizer"
@@ -59,6 +60,7 @@ class PolicySettings:
     history: past chunks shown when acting, at most those it was trained with. temperature: of the action ids; 0 takes the likeliest.
     state: fields of StateWords where the arm's state is said before its actions, as in training; else none.
     scene: fields of NumberWords where the model says what there is to see before its actions; else none.
+    actions: what an action of 1 is.
     """
 
     history: int
@@ -66,6 +68,7 @@ class PolicySettings:
     horizon: int  # control steps of one chunk
     action_dim: int
     temperature: float = 0.0
+    actions: ActionUnits = field(default_factory=ActionUnits)
     state: dict[str, Any] | None = None
     scene: dict[str, Any] | None = None
 
@@ -134,7 +137,7 @@ def load_folder(folder: str | Path, *, device: str | torch.device = "cpu", dtype
         text_tokenizer=text.from_pretrained(folder / TEXT) if (folder / TEXT).exists() else None,
         action_tokenizer=FastTokenizer.from_pretrained(folder / ACTION) if (folder / ACTION).exists() else None,
         normalizer=ActionNormalizer.load(folder / NORMALIZER) if (folder / NORMALIZER).exists() else None,
-        policy=_read_policy(folder / POLICY) if (folder / POLICY).exists() else None,
+        policy=read_policy(folder / POLICY) if (folder / POLICY).exists() else None,
         provenance=provenance,
     )
     _check_belonging(checkpoint)
@@ -214,15 +217,20 @@ def load_weights(
     return read_weights(folder, expected)
 
 
-def _load_model(
-    folder: Path, vocabulary: Vocabulary, device: str | torch.device, dtype: torch.dtype | None
-) -> BlockEmu3ForCausalLM | Emu3ForCausalLM:
+def read_config(folder: Path) -> BlockEmu3Config | Emu3TextConfig:
+    """The configuration in a model/ folder. Raises what reading JSON raises, and CheckpointError for another kind of model."""
     values = read_json(folder / CONFIG)
     kind = values.get("model_type")
     if kind not in KINDS:
         raise CheckpointError(f"{folder / CONFIG}: model_type is {kind!r}, expected {' or '.join(map(repr, KINDS))}")
-    config_class, model_class = KINDS[kind]
-    config = config_class(**values)
+    return KINDS[kind][0](**values)
+
+
+def _load_model(
+    folder: Path, vocabulary: Vocabulary, device: str | torch.device, dtype: torch.dtype | None
+) -> BlockEmu3ForCausalLM | Emu3ForCausalLM:
+    config = read_config(folder)
+    config_class, model_class = KINDS[config.model_type]
     sizes = {"vocab_size": vocabulary.head_size}
     if config_class is BlockEmu3Config:
         sizes |= {name: getattr(vocabulary, name) for name in ("codebook_size", "codes_per_block", "num_places")}
@@ -292,13 +300,16 @@ def _check_belonging(checkpoint: Checkpoint) -> None:
         )
 
 
-def _read_policy(path: Path) -> PolicySettings:
+def read_policy(path: Path) -> PolicySettings:
+    """The settings in a policy.yaml. Raises FileNotFoundError, CheckpointError."""
     try:
         values = yaml.safe_load(path.read_text())
         if values.pop("format") != FORMAT:
             raise CheckpointError(f"{path} is not of format {FORMAT}")
-        return PolicySettings(**values)
-    except (yaml.YAMLError, TypeError, AttributeError, KeyError, CheckpointError, NumberWordsError) as error:
+        return PolicySettings(**values | {"actions": ActionUnits(**values.get("actions", {}))})
+    except FileNotFoundError:
+        raise
+    except (yaml.YAMLError, TypeError, AttributeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be used: {type(error).__name__}: {error}") from error
 
 

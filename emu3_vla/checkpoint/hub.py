@@ -1,7 +1,8 @@
-"""Checkpoints by their Hugging Face name: what the local cache has, else downloaded."""
+"""Checkpoints by name: those that are shipped with this program, and by their Hugging Face name what the cache has, else downloaded."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -14,20 +15,32 @@ PATTERNS = ("*.json", "*.safetensors", "*.tiktoken", "*.txt", "*.yaml")
 
 
 def find_folder(path: str | Path) -> Path:
-    """A folder as it is, or the snapshot of a Hugging Face repository named "organisation/name" or "organisation/name@revision".
+    """A folder as it is, that of a shipped checkpoint ("calvin-d"), or the snapshot of a Hugging Face repository named
+    "organisation/name" or "organisation/name@revision".
 
-    The local cache comes first; the network is asked only for what it lacks, and never with HF_HUB_OFFLINE=1.
+    A shipped name wins over a folder of that name; write ./name for the folder. The local cache comes first; the network is asked
+    only for what it lacks, and never with HF_HUB_OFFLINE=1.
     Raises FileNotFoundError for what is neither, CheckpointError for a download that failed.
     """
-    folder = Path(path).expanduser()
+    folder = shipped_folder(str(path)) or Path(path).expanduser()
     if folder.is_dir():
         return folder
     named = HUB_ID.fullmatch(str(path))
     if folder.exists() or not named:
         raise FileNotFoundError(
-            f"{path} is not a folder; a checkpoint is a folder with config.json or model/ in it, or a Hugging Face name (organisation/name)"
+            f"{path} is not a folder; a checkpoint is a folder with config.json or model/ in it, the name of a shipped one, or a Hugging "
+            "Face name (organisation/name)"
         )
     return _snapshot(named["repository"], named["revision"])
+
+
+def shipped_folder(name: str) -> Path | None:
+    """The folder of the checkpoint that is shipped under that name, or None."""
+    package = importlib.util.find_spec("policies")  # found, not imported: this room does not know that one
+    if package is None or Path(name).name != name:
+        return None
+    folder = Path(package.origin).parent / "checkpoints" / name
+    return folder if (folder / "provenance.json").is_file() else None
 
 
 def _snapshot(repository: str, revision: str | None) -> Path:

@@ -25,6 +25,7 @@ import policies
 from envs.calvin.expert.demonstrate import DemonstrationConfig
 from eval.environment import OWN_SIMULATOR, EnvConfig
 from eval.sequences import CHAIN_LENGTH
+from policies.units import in_units
 
 MIN_BLOCK_DISTANCE_M = 0.10
 
@@ -144,7 +145,7 @@ def _collect_shard(job: tuple[CollectConfig, int]) -> tuple[int, int]:
 @cache
 def _driver(name: str):
     """The driving policy of this process, or None."""
-    return policies.load(name) if name else None
+    return in_units(policies.load(name)) if name else None
 
 
 def _play_chain(env, expert, driver, rng: np.random.Generator, config: CollectConfig, counts: Counter) -> tuple[list, bool]:

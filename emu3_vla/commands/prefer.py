@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import policies
 from emu3_vla.commands.collect import CollectConfig, draw_chain, varied_initial_state
 from eval.environment import OWN_SIMULATOR, EnvConfig
+from policies.units import in_units
 
 ROLLOUTS, IMAGES = "rollouts", "images"
 KINDS = (ROLLOUTS, IMAGES)
@@ -209,7 +210,7 @@ class _Recorder:
 
 @cache  # once a worker, not once a shard
 def _policy(name: str, temperature: float):
-    return policies.load(name, temperature=temperature)
+    return in_units(policies.load(name, temperature=temperature))
 
 
 def _drawings(config: PreferConfig, rng: np.random.Generator):

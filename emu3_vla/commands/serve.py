@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import policies
-from eval.environment import EnvConfig, PolicyOptions, load_policy
+from eval.environment import EnvConfig, PolicyOptions, loaded
 from eval.progress import LiveLine, duration
 from eval.provenance import policy_provenance
 from policies import wire
@@ -39,6 +39,7 @@ class ServeConfig(ServerOptions):
     policy: str = policies.SHIPPED  # expert, zero, random, a shipped name, or a checkpoint folder
     policy_options: PolicyOptions = field(default_factory=PolicyOptions)
     threads: int | None = None  # of a checkpoint's arithmetic; as many as there are cores that nobody else uses
+    workers: int | None = None  # groups into which a checkpoint parts a batch, decided side by side, each with those threads
     env: EnvConfig = field(default_factory=EnvConfig)  # the expert wants to know the scene
     token_file: str = ""  # holds what clients must show; empty: that in EMU3_VLA_TOKEN, and none without it
     seconds: float = 0.0  # serve so long; 0: until interrupted
@@ -64,9 +65,10 @@ class ServeConfig(ServerOptions):
 
     def make_policy(self) -> policies.Policy:
         """The policy, anew."""
-        if self.threads is None:
-            return load_policy(self.policy, self.env, self.policy_options)
-        return policies.load(self.policy, **self.policy_options.given(), threads=self.threads)
+        asked = {name: getattr(self, name) for name in ("threads", "workers") if getattr(self, name) is not None}
+        if not asked:
+            return loaded(self.policy, self.env, self.policy_options)
+        return policies.load(self.policy, **self.policy_options.given(), **asked)
 
 
 def main(config: ServeConfig) -> None:

@@ -35,6 +35,7 @@ SHARD_FORMAT = "emu3-vla-episode-shard"
 
 STEP_ARRAYS = {"actions": "float32", "robot_obs": "float64", "scene_obs": "float64", "imitate": "bool"}
 FRAME_ARRAYS = {"frame_step": "int64", "rgb_static": "uint8", "rgb_gripper": "uint8"}
+RATE = "rate_hz"  # in a store's metadata; without it the simulator's
 SCENE = "scene_obs"
 EXTRA = "extra/"
 

@@ -2,6 +2,7 @@
 
     emu3-vla tokenize episodes=outputs/collect/first vision_tokenizer=outputs/tokenizer/vision_tokenizer output_dir=outputs/tokens
     emu3-vla tokenize 'episodes=[outputs/scene_a,outputs/scene_b]' vision_tokenizer=... output_dir=...
+    emu3-vla tokenize episodes=outputs/mine checkpoint=calvin-d output_dir=...      # in the ids of a checkpoint, to fine-tune it
 
 `questions=envs.calvin.questions:Questions` also writes questions about every frame with their answers, for joint training: any class by its
 dotted name, made with the episode store's scene, with `about(robot_obs, scene_obs)` -> pairs of sentences and `sentences()`.
@@ -23,7 +24,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,7 +33,7 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from action_tokenizer import ActionNormalizer, FastTokenizer
-from emu3_vla.data.episodes import EpisodeStore
+from emu3_vla.data.episodes import RATE, EpisodeStore
 from emu3_vla.data.tokens import (
     ACTION,
     MANIFEST,
@@ -47,7 +48,7 @@ from emu3_vla.data.tokens import (
 )
 from emu3_vla.number_words import NumberWords, StateWords, check_entries
 from emu3_vla.text import TextTokenizer
-from envs.spec import ACTION_DIM, CAMERAS, RGB_GRIPPER, RGB_STATIC, Episode
+from envs.spec import ACTION_DIM, CAMERAS, CONTROL_HZ, RGB_GRIPPER, RGB_STATIC, ActionUnits, Episode
 
 # One thread encodes this many frames fastest: more no longer fit the caches.
 ENCODE_BATCH = 8
@@ -61,7 +62,8 @@ class TokenizeConfig:
     """Raises ValueError for values that cannot work."""
 
     episodes: str | tuple[str, ...]  # folder of an episode store, or a list of them
-    vision_tokenizer: str  # folder, such as train-tokenizer leaves; of either kind, with image_sizes in its config.json
+    vision_tokenizer: str = ""  # folder, such as train-tokenizer leaves; of either kind, with image_sizes in its config.json
+    checkpoint: str = ""  # takes all tokenizers from this checkpoint, a folder or a shipped name, and how it says the arm's state
     output_dir: str = ""
     action_tokenizer: str = ""  # folder of a FAST tokenizer; empty: fit on the episodes, with a normaliser
     normalizer: str = ""  # normalizer.json that goes with action_tokenizer
@@ -80,6 +82,10 @@ class TokenizeConfig:
         for name in ("horizon", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.checkpoint:
+            self._take_from_checkpoint()
+        if not self.vision_tokenizer:
+            raise ValueError("vision_tokenizer names no folder; give one, or the checkpoint whose tokenizers are to be used")
         if bool(self.action_tokenizer) != bool(self.normalizer):
             raise ValueError("action_tokenizer and normalizer belong together: give both, or neither to have both fitted")
         for name, example in (("questions", "envs.calvin.questions:Questions"), ("scene", "envs.calvin.scene_numbers:SceneNumbers")):
@@ -89,6 +95,23 @@ class TokenizeConfig:
             check_entries(self.state)
         if not self.stores:
             raise ValueError("episodes names no episode store")
+
+    def _take_from_checkpoint(self) -> None:
+        from emu3_vla.checkpoint import ACTION, NORMALIZER, POLICY, TEXT, VISION, read_policy
+        from emu3_vla.checkpoint.hub import find_folder
+
+        folder = find_folder(self.checkpoint)
+        parts = {"vision_tokenizer": VISION, "action_tokenizer": ACTION, "normalizer": NORMALIZER, "text_tokenizer": TEXT}
+        for option, part in parts.items():
+            path = str(folder / part)
+            if getattr(self, option) not in ("", path):
+                raise ValueError(f"{option}={getattr(self, option)} and checkpoint={self.checkpoint} both name one; leave either out")
+            object.__setattr__(self, option, path)
+        if self.state:
+            raise ValueError(f"state={','.join(self.state)}, but checkpoint={self.checkpoint} decides how the arm's state is said; leave it out")
+        horizon = read_policy(folder / POLICY).horizon
+        if self.horizon != horizon:
+            raise ValueError(f"horizon={self.horizon}, but the chunks of checkpoint={self.checkpoint} have {horizon} control steps")
 
     @property
     def stores(self) -> tuple[str, ...]:
@@ -163,6 +186,17 @@ class Sources:
             for task, sentences in (given | _instructions(store, without=given)).items():
                 joined[task] = list(dict.fromkeys([*joined.get(task, []), *sentences]))
         return joined
+
+    def units(self) -> ActionUnits:
+        """What the stores' actions mean. Raises ValueError where they do not all mean the same."""
+        each = [ActionUnits(**store.metadata.get("actions", {}), rate_hz=store.metadata.get(RATE, CONTROL_HZ)) for store in self.stores]
+        for store, units in zip(self.stores, each, strict=True):
+            if units != each[0]:
+                raise ValueError(
+                    f"the actions of {store.path} are {units}, those of {self.stores[0].path} {each[0]}: as ids they would mean the same; "
+                    "convert them with the same position_unit_m and rotation_unit_rad, from recordings of one rate"
+                )
+        return each[0]
 
     def totals(self) -> dict[str, Any]:
         """As episodes.Totals, over all stores."""
@@ -341,7 +375,13 @@ def _open_or_start(config: TokenizeConfig, sources: Sources) -> TokenStore:
 
 
 def _state_words(config: TokenizeConfig, sources: Sources) -> StateWords | None:
-    """How the arm's state is said: over the range that the episodes have."""
+    """How the arm's state is said: as the checkpoint says it, or over the range that the episodes have."""
+    if config.checkpoint:
+        from emu3_vla.checkpoint import POLICY, read_policy
+        from emu3_vla.checkpoint.hub import find_folder
+
+        fields = read_policy(find_folder(config.checkpoint) / POLICY).state
+        return StateWords.of(fields) if fields else None
     if not config.state:
         return None
     columns = sources.columns(("robot_obs", "frame_step"))
@@ -375,6 +415,7 @@ def _metadata(config: TokenizeConfig, sources: Sources, output: Path) -> dict:
     return {
         "horizon": config.horizon,
         "action_dim": ACTION_DIM,
+        "actions": asdict(sources.units()),
         "grids": {camera: list(tokenizers.vision.grid(camera)) for camera in CAMERAS},
         "codebook_size": tokenizers.vision.codebook_size,
         "action_vocab_size": tokenizers.action.vocab_size,

@@ -136,11 +136,11 @@ class Tokenizers:
 class TokenStore:
     """A folder of token shards. `metadata`:
 
-    horizon, action_dim: shape of a chunk. grids: {camera: [rows, columns]}. codebook_size, action_vocab_size,
-    text_vocab_size. wordings: {task: sentences}. questions: who asked about the frames, "" for nobody. state, scene:
-    fields of NumberWords where the arm's state, and what there is to see, is said, else absent. hashes: of each tokenizer.
-    shards: numbers of all shards that belong to it. shard_groups: the same by episode store. source: the episode stores (their folders as
-    given, metadata, totals).
+    horizon, action_dim: shape of a chunk. actions: what an action of 1 is, as envs.spec.ActionUnits; absent in older stores. grids:
+    {camera: [rows, columns]}. codebook_size, action_vocab_size, text_vocab_size. wordings: {task: sentences}. questions: who asked about
+    the frames, "" for nobody. state, scene: fields of NumberWords where the arm's state, and what there is to see, is said, else absent.
+    hashes: of each tokenizer. shards: numbers of all shards that belong to it. shard_groups: the same by episode store. source: the
+    episode stores (their folders as given, metadata, totals).
     """
 
     def __init__(self, path: Path, metadata: dict[str, Any], url: str = ""):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 import yaml
 
 from emu3_vla import attention, checkpoint
+from emu3_vla.checkpoint.folder import read_config
+from emu3_vla.checkpoint.hub import find_folder
 from emu3_vla.data.tokens import VISION, content_hash, hashes
 from emu3_vla.model import BlockEmu3ForCausalLM, PlainEmu3ForCausalLM, build_config, build_plain_config
 from emu3_vla.number_words import SpelledNumbers
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 PLACES = "blocks.places.weight"
 WAVES = 6
 """Lengths of the waves that embeddings of numbers begin as: from four times the range, halved each time."""
+OF_TRAINING = ("dropout", "hide_codes")  # among model.*: another run may choose others
 
 
 class ForeignTokens(ValueError):
@@ -34,7 +38,7 @@ def new_model(config: TrainConfig, source: Source) -> BlockEmu3ForCausalLM | Pla
     torch.manual_seed(config.seed)
     model = outline(config, source)
     if config.init_from:
-        model.load_state_dict(_given_weights(Path(config.init_from), model, source))
+        model.load_state_dict(_given_weights(find_folder(config.init_from), model, source))
     elif config.codes_from_tokenizer and isinstance(model, BlockEmu3ForCausalLM):
         vision = source.store.tokenizers().vision
         model.blocks.start_from_codebook(vision.vectors(torch.arange(vision.codebook_size)))
@@ -48,6 +52,32 @@ def new_model(config: TrainConfig, source: Source) -> BlockEmu3ForCausalLM | Pla
     if config.context:
         attention.confine(model)
     return model
+
+
+def sized_as_init_from(config: TrainConfig) -> TrainConfig:
+    """The configuration with the model's sizes from the checkpoint that training starts from; as it is where that is none.
+
+    Raises ValueError for a size that was asked for and that the checkpoint does not have, and what a damaged checkpoint raises.
+    """
+    if not config.init_from:
+        return config
+    folder = find_folder(config.init_from) / checkpoint.MODEL
+    found, asked, usual = _sizes_in(folder), dataclasses.asdict(config.model), dataclasses.asdict(type(config.model)())
+    for name, size in found.items():
+        if asked[name] not in (size, usual[name]):
+            raise ValueError(f"model.{name}={asked[name]}, but init_from={config.init_from} has {size}; leave model.{name} out")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **found))
+
+
+def _sizes_in(folder: Path) -> dict[str, Any]:
+    """Those of loop.ModelSizes that the files of a model/ folder state."""
+    from emu3_vla.training.loop import ModelSizes
+
+    config = read_config(folder)  # as the model's class reads it: a file says nothing of sizes that came later
+    others = {"rope_theta": config.rope_parameters["rope_theta"]}
+    others |= {"block_size": getattr(load_vocabulary(folder / checkpoint.VOCABULARY), "block_size", 1)}
+    names = {field.name for field in dataclasses.fields(ModelSizes)} - set(OF_TRAINING)
+    return others | {name: getattr(config, name) for name in sorted(names) if hasattr(config, name)}
 
 
 def outline(config: TrainConfig, source: Source) -> BlockEmu3ForCausalLM | PlainEmu3ForCausalLM:
@@ -75,6 +105,13 @@ def require_same_tokens(folder: Path, given: CompactVocabulary | Emu3Vocabulary,
         raise ForeignTokens(
             f"init_from={folder} was trained with the vocabulary {given}, the token store {source.store} has {source.vocabulary}; "
             "start from a checkpoint of the same tokenizers, or tokenize with the checkpoint's"
+        )
+    acts = folder / checkpoint.POLICY
+    if acts.is_file() and (units := checkpoint.read_policy(acts).actions) != source.units:
+        raise ForeignTokens(
+            f"the actions of init_from={folder} are {units}, those of the token store {source.store} {source.units}; convert the "
+            f"recordings with position_unit_m={units.position_unit_m:g}, rotation_unit_rad={units.rotation_unit_rad:g}, "
+            f"at {units.rate_hz:g} Hz"
         )
     found = hashes(folder)
     for name, digest in hashes(source.folder).items():
@@ -108,7 +145,8 @@ def _require_same_states(folder: Path, source: Source) -> None:
     given = yaml.safe_load(settings.read_text()) if settings.exists() else {}
     for name, what in (("state", "the arm's state"), ("scene", "what there is to see")):
         wanted = source.store.metadata.get(name)
-        if given.get(name) != wanted and (given.get(name) or name == "state"):
+        # Recordings need not know what there was to see: then the model acts without saying it.
+        if given.get(name) != wanted and (name == "state" or (given.get(name) and wanted)):
             raise ForeignTokens(
                 f"init_from={folder} says {what} as {given.get(name)}, the token store {source.store} as {wanted}; tokenize with the same"
             )

@@ -36,7 +36,7 @@ from emu3_vla.training import figures as figures_of
 from emu3_vla.training import preference, processes, sharded_state, state, team
 from emu3_vla.training.figures import Figures, LossConfig
 from emu3_vla.training.initial import new_model as _new_model
-from emu3_vla.training.initial import outline
+from emu3_vla.training.initial import outline, sized_as_init_from
 from emu3_vla.training.mixture import MixtureConfig
 from emu3_vla.training.optimizer import FlatAdamW, OptimizerConfig
 from emu3_vla.training.parallel import ParallelConfig
@@ -115,7 +115,7 @@ class TrainConfig:
     compile: bool = False  # needs a C++ compiler; about 15 s once, then faster steps
     codes_from_tokenizer: bool = True  # new embeddings of codes begin as the vision tokenizer's code vectors, projected
     learn_codes: bool = True  # false: they stay so
-    init_from: str = ""  # a checkpoint folder whose weights to start from
+    init_from: str = ""  # a checkpoint whose weights to start from, a folder or a shipped name; it brings its model.* sizes
     lora_rank: int = 0  # of adapters that learn in place of the weights of init_from; 0: all weights learn
     lora_alpha: float = 32.0  # an adapter's output is scaled by lora_alpha / lora_rank
     validation_fraction: float = 0.05  # of the shards
@@ -218,6 +218,7 @@ def main(config: TrainConfig) -> None:
     """Train, or go on where an earlier call with the same output_dir was cut off. Prints the checkpoint folder."""
     if config.compile and not (shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")):
         raise ValueError("compile=true needs a C++ compiler, and none of g++, clang++, c++ is on the path; use compile=false")
+    config = sized_as_init_from(config)
     source = open_source(config.tokens, config.model.block_size)  # a wrong path ends here, not in a child process
     ranks = max(config.processes, config.parallel.ranks)
     if ranks > 1:
@@ -385,6 +386,7 @@ def _export(
         temperature=config.temperature,
         state=source.store.metadata.get("state"),
         scene=source.store.metadata.get("scene") if config.scene_fraction else None,
+        actions=source.units,
     )
     settings = dataclasses.asdict(config)
     settings.pop("output_dir")

@@ -13,7 +13,7 @@ from emu3_vla.training.kinds import Material
 from emu3_vla.training.mixture import MixtureStream
 from emu3_vla.training.stream import DocumentStream, encoded_wordings
 from emu3_vla.vocabulary import CODEBOOK_SIZE, TEXT_SIZE, CompactVocabulary, Emu3Vocabulary, ImageGrid, Vocabulary, VocabularyError
-from envs.spec import CAMERAS
+from envs.spec import CAMERAS, ActionUnits
 
 if TYPE_CHECKING:
     from emu3_vla.training.loop import TrainConfig
@@ -30,6 +30,11 @@ class Source:
     vocabulary: Vocabulary
     horizon: int
     action_dim: int
+
+    @property
+    def units(self) -> ActionUnits:
+        """What an action of 1 is."""
+        return ActionUnits(**self.store.metadata.get("actions", {}))
 
     @property
     def folder(self) -> Path:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -279,3 +280,23 @@ def test_states_that_no_word_stands_for(folder, tmp_path):
 def test_an_entry_that_no_arm_has():
     with pytest.raises(ValueError, match="has no 'elbow'"):
         TokenizeConfig(episodes="a", vision_tokenizer="b", state=("elbow",))
+
+
+def test_a_checkpoint_brings_its_tokenizers(tmp_path):
+    config = TokenizeConfig(episodes="x", checkpoint="calvin-d")
+    folder = Path(config.vision_tokenizer).parent
+    assert (folder / "policy.yaml").is_file() and folder.name == "calvin-d"
+    assert [Path(path).name for path in (config.action_tokenizer, config.normalizer, config.text_tokenizer)] == [
+        "action_tokenizer",
+        "normalizer.json",
+        "text_tokenizer",
+    ]
+    assert dataclasses.replace(config, output_dir="y").vision_tokenizer == config.vision_tokenizer
+    with pytest.raises(ValueError, match="text_tokenizer=mine and checkpoint=calvin-d both name one; leave either out"):
+        TokenizeConfig(episodes="x", checkpoint="calvin-d", text_tokenizer="mine")
+    with pytest.raises(ValueError, match="horizon=8, but the chunks of checkpoint=calvin-d have 10 control steps"):
+        TokenizeConfig(episodes="x", checkpoint="calvin-d", horizon=8)
+    with pytest.raises(ValueError, match="vision_tokenizer names no folder; give one, or the checkpoint"):
+        TokenizeConfig(episodes="x")
+    with pytest.raises(FileNotFoundError, match="calvin-e is not a folder"):
+        TokenizeConfig(episodes="x", checkpoint="calvin-e")

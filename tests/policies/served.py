@@ -61,6 +61,18 @@ class Session:
         return {"actions": actions, "instruction": self.instruction}
 
 
+class Steady:
+    """Moves slowly upwards for ever; light enough for a process of its own."""
+
+    name, requires = "steady", frozenset({ROBOT_OBS})
+
+    def reset(self, instruction, *, task=None, seed=None):
+        pass
+
+    def infer(self, observation):
+        return {"actions": np.tile(np.array([0, 0, 0.15, 0, 0, 0, 1], np.float32), (10, 1))}
+
+
 def seen(value=0.5):
     """An observation that Recording can read."""
     return {ROBOT_OBS: np.full(15, value)}

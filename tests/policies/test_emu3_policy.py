@@ -8,8 +8,11 @@ import torch
 from emu3_vla.checkpoint import load
 from emu3_vla.documents import ActionChunk, Image, Text, collate, length_of
 from envs.spec import check_action
+from policies import CHECKPOINTS, SHIPPED
 from policies.base import Policy
 from policies.emu3 import Emu3Policy
+
+SHIPPED_FOLDER = CHECKPOINTS / SHIPPED
 
 
 def _observation(seed: int) -> dict[str, np.ndarray]:
@@ -162,9 +165,10 @@ def _decide(sessions, policy, rounds: int) -> list[list[list[int]]]:
     return ids
 
 
+@pytest.mark.parametrize("workers", [1, 2, 3])
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
-def test_sessions_answer_as_each_would_alone(tiny_checkpoint, temperature):
-    policy = Emu3Policy(tiny_checkpoint, temperature=temperature)
+def test_sessions_answer_as_each_would_alone(tiny_checkpoint, temperature, workers):
+    policy = Emu3Policy(tiny_checkpoint, temperature=temperature, workers=workers)
     sessions = policy.sessions(5)
     for number, session in enumerate(sessions):
         session.reset("go left" if number % 2 else "go right", seed=number)
@@ -176,8 +180,25 @@ def test_sessions_answer_as_each_would_alone(tiny_checkpoint, temperature):
         assert alone == [ids[number] for ids in together]
 
 
-def test_a_batch_that_fails_leaves_every_session_as_it_was(tiny_checkpoint):
-    policy = Emu3Policy(tiny_checkpoint, temperature=1.5)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_not_a_bit_of_an_answer_depends_on_who_else_is_asked(workers):
+    """Of the shipped policy, whose products are large enough for a CPU to choose among its ways of summing."""
+    policy = Emu3Policy(SHIPPED_FOLDER, workers=workers)
+    for together in (2, 5):
+        sessions, (alone,) = policy.sessions(together), policy.sessions(1)
+        for number, session in enumerate(sessions):
+            session.reset("open the drawer" if number % 2 else "turn on the led")
+        alone.reset("open the drawer" if (together - 1) % 2 else "turn on the led")
+        for step in range(2):
+            answers = policy.infer_many(sessions, [_observation(10 * number + step) for number in range(together)])
+            own = alone.infer(_observation(10 * (together - 1) + step))
+            assert own["token_ids"] == answers[-1]["token_ids"] and own["entropy"] == answers[-1]["entropy"]
+            assert own["probability"] == answers[-1]["probability"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_batch_that_fails_leaves_every_session_as_it_was(tiny_checkpoint, workers):
+    policy = Emu3Policy(tiny_checkpoint, temperature=1.5, workers=workers)
     first, second, untouched = policy.sessions(3)
     for session in (first, second, untouched):
         session.reset("go left", seed=1)

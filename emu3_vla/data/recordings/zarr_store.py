@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from emu3_vla.data.episodes import EpisodeStore, EpisodeStoreError
+from emu3_vla.data.episodes import RATE, EpisodeStore, EpisodeStoreError
 from emu3_vla.data.recordings.recording import FRAMES_PER_BLOCK, Column, Part, Picture, Recording, RecordingError, Schema
 from envs.spec import CAMERAS, CONTROL_HZ, OBSERVATION, Episode
 
-RATE = "rate_hz"  # in a store's metadata; without it the simulator's
 STEP_SHAPES = {"actions": (7,), "robot_obs": (15,), "scene_obs": (24,), "imitate": ()}
 STEP_TYPES = {"actions": "float32", "robot_obs": "float64", "scene_obs": "float64", "imitate": "bool"}
 
