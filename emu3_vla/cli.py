@@ -51,6 +51,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "imagine": ("emu3_vla.commands.generate:ImagineConfig", "what the cameras will see if the arm does this"),
     "complete": ("emu3_vla.commands.generate:CompleteConfig", "draw anew what a mask hides of a picture"),
     "reconstruct": ("emu3_vla.commands.generate:ReconstructConfig", "a picture or video through the vision tokenizer and back"),
+    "eval-generation": (
+        "emu3_vla.commands.eval_generation:EvalGenerationConfig",
+        "score answers, descriptions, drawings and foresight on held-out frames",
+    ),
     "export": ("emu3_vla.export:ExportConfig", "write a checkpoint in Transformers' or Llama's layout, for other programs"),
     "doctor": ("emu3_vla.commands.doctor:DoctorConfig", "check this installation; --fetch-assets downloads calvin_env's assets"),
 }

@@ -17,8 +17,12 @@ SPEEDS = ("stands.", "goes.", "runs.", "flies.")
 LIGHT = LightConfig(codebook_size=32, channels=(8, 8), encoder_blocks=(0, 0), decoder_blocks=(0, 0))
 
 
-def tiny_store(folder: Path, shards: int = 4, episodes_per_shard: int = 10, asked: bool = False) -> TokenStore:
-    """Write the store and return it. asked: with one question about every frame."""
+def tiny_store(
+    folder: Path, shards: int = 4, episodes_per_shard: int = 10, asked: bool = False, questions: str = "tiny_tokens:nobody", about=None
+) -> TokenStore:
+    """Write the store and return it. asked: with one question about every frame, or those of `questions`: about(speed) -> pairs."""
+    said = [sentence for speed in range(len(SPEEDS)) for pair in about(speed) for sentence in pair] if about else []
+    about = about or (lambda speed: [("how fast?", SPEEDS[speed])])
     random = np.random.default_rng(0)
     torch.manual_seed(0)
     LightTokenizer(LIGHT).eval().save_pretrained(folder / VISION)
@@ -28,7 +32,8 @@ def tiny_store(folder: Path, shards: int = 4, episodes_per_shard: int = 10, aske
     chunks = np.concatenate([normalizer.normalize(episode["chunks"]) for shard in recorded for episode in shard])
     action = FastTokenizer.fit(chunks, scale=10, vocab_size=300)
     action.save_pretrained(folder / ACTION)
-    text = TextTokenizer.fit([*(sentence for task in WORDINGS.values() for sentence in task), *SPEEDS], vocab_size=280)
+    own = [sentence for task in WORDINGS.values() for sentence in task]
+    text = TextTokenizer.fit([*own, *SPEEDS, *said], vocab_size=400 if said else 280)
     text.save_pretrained(folder / TEXT)
     metadata = {
         "horizon": HORIZON,
@@ -38,14 +43,14 @@ def tiny_store(folder: Path, shards: int = 4, episodes_per_shard: int = 10, aske
         "action_vocab_size": action.vocab_size,
         "text_vocab_size": text.vocab_size,
         "wordings": WORDINGS,
-        "questions": "tiny_tokens:nobody" if asked else "",
+        "questions": questions if asked else "",
         "shards": list(range(shards)),
         "source": {"totals": {"episodes": shards * episodes_per_shard}},
     }
     store = TokenStore.create(folder, metadata)
     for index, shard in enumerate(recorded):
         encode = text.encode if asked else None
-        store.write_shard(index, [_tokenized(episode, index, action, normalizer, encode) for episode in shard])
+        store.write_shard(index, [_tokenized(episode, index, action, normalizer, encode, about) for episode in shard])
     return store
 
 
@@ -61,7 +66,7 @@ def _episode(random: np.random.Generator) -> dict:
     return {"task": task, "speeds": speeds, "chunks": chunks, "noise": random.integers(0, 2, (FRAMES, 16, 16))}
 
 
-def _tokenized(episode: dict, shard: int, action: FastTokenizer, normalizer: ActionNormalizer, encode) -> TokenizedEpisode:
+def _tokenized(episode: dict, shard: int, action: FastTokenizer, normalizer: ActionNormalizer, encode, about) -> TokenizedEpisode:
     static = (8 * episode["speeds"][:, None, None] + episode["noise"]).astype(np.uint16)
     return TokenizedEpisode(
         task=episode["task"],
@@ -72,7 +77,7 @@ def _tokenized(episode: dict, shard: int, action: FastTokenizer, normalizer: Act
         frame_step=np.arange(FRAMES) * SPACING,
         action_ids=action.encode(normalizer.normalize(episode["chunks"])),
         chunk_imitate=np.arange(FRAMES) != 3,
-        asked=Asked.of([[(encode("how fast?"), encode(SPEEDS[speed]))] for speed in episode["speeds"]]) if encode else None,
+        asked=Asked.of([[tuple(map(encode, pair)) for pair in about(speed)] for speed in episode["speeds"]]) if encode else None,
     )
 
 

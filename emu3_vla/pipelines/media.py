@@ -24,7 +24,7 @@ MOST_PIXELS = 2**26
 
 def read_picture(path: str | Path) -> np.ndarray:
     """A picture file (PNG, JPEG, ...) as (H, W, 3), turned as its camera says. Raises UnreadableMedia, WrongSize."""
-    return np.asarray(_opened(path).convert("RGB"))
+    return np.array(_opened(path).convert("RGB"))
 
 
 def read_mask(path: str | Path) -> np.ndarray:
