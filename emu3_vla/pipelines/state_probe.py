@@ -29,17 +29,17 @@ class StateProbe:
         self._tokenizer = tokenizer
         features = self._features(looks)
         self._mean = features.mean(0)
-        centred = (features - self._mean).double()
+        centred = features - self._mean
         gram = centred.T @ centred
         gram.diagonal().add_(RIDGE * centred.square().mean() * len(centred))
         self._states = {thing: sorted({each[thing] for each in said if thing in each}) for thing in said[0]}
         targets = [
-            torch.tensor([[float(each.get(thing) == state) for state in states] for each in said], dtype=torch.float64)
+            torch.tensor([[float(each.get(thing) == state) for state in states] for each in said], dtype=torch.float32)
             for thing, states in self._states.items()
         ]
         self._centres = [target.mean(0) for target in targets]
         right = centred.T @ torch.cat([target - centre for target, centre in zip(targets, self._centres, strict=True)], 1)
-        self._weights = torch.linalg.solve(gram, right).float()
+        self._weights = torch.linalg.solve(gram.double(), right.double()).float()
 
     def read(self, looks: Sequence[Sequence[Image]]) -> list[dict[str, str]]:
         """What is true of each moment."""
