@@ -30,16 +30,14 @@ class StateProbe:
         features = self._features(looks)
         self._mean = features.mean(0)
         centred = features - self._mean
-        gram = centred.T @ centred
-        gram.diagonal().add_(RIDGE * centred.square().mean() * len(centred))
         self._states = {thing: sorted({each[thing] for each in said if thing in each}) for thing in said[0]}
         targets = [
             torch.tensor([[float(each.get(thing) == state) for state in states] for each in said], dtype=torch.float32)
             for thing, states in self._states.items()
         ]
         self._centres = [target.mean(0) for target in targets]
-        right = centred.T @ torch.cat([target - centre for target, centre in zip(targets, self._centres, strict=True)], 1)
-        self._weights = torch.linalg.solve(gram.double(), right.double()).float()
+        targets_NS = torch.cat([target - centre for target, centre in zip(targets, self._centres, strict=True)], 1)
+        self._weights = _ridge(centred, targets_NS)
 
     def read(self, looks: Sequence[Sequence[Image]]) -> list[dict[str, str]]:
         """What is true of each moment."""
@@ -54,3 +52,14 @@ class StateProbe:
         codes = torch.stack([torch.cat([torch.from_numpy(image.codes.astype("int64")).flatten() for image in look]) for look in looks])
         with torch.inference_mode():
             return self._tokenizer.vectors(codes.to(self._tokenizer.device)).float().cpu().flatten(1).clone()
+
+
+def _ridge(features_NP: torch.Tensor, targets_NS: torch.Tensor) -> torch.Tensor:
+    """Weights (P, S), by the smaller of the two systems that have the same solution."""
+    penalty = RIDGE * features_NP.square().mean() * len(features_NP)
+    few = len(features_NP) < features_NP.shape[1]
+    gram = (features_NP @ features_NP.T if few else features_NP.T @ features_NP).double()
+    gram.diagonal().add_(penalty)
+    if few:
+        return features_NP.T @ torch.linalg.solve(gram, targets_NS.double()).float()
+    return torch.linalg.solve(gram, (features_NP.T @ targets_NS).double()).float()

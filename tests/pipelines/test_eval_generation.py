@@ -13,7 +13,8 @@ from emu3_vla.commands import eval_generation
 from emu3_vla.data.tokens import TokenStore
 from emu3_vla.documents import Image
 from emu3_vla.pipelines import scoring
-from emu3_vla.pipelines.state_probe import StateProbe
+from emu3_vla.pipelines.state_probe import StateProbe, _ridge
+from emu3_vla.vision_tokenizer.probe import RIDGE
 from envs.calvin.questions import Questions
 from envs.spec import RGB_GRIPPER, RGB_STATIC
 from eval.sequences import initial_state, long_horizon_sequences
@@ -141,6 +142,15 @@ def test_moments_are_of_different_episodes_and_held_out(asked):
     steps = [moment.episode.frame_step[list(moment.frames)] for moment in pairs]
     assert pairs and all(after - before == tiny_tokens.HORIZON for before, after in steps)
     assert scoring.moments(held_out, 3, 1)[0].frames != scoring.moments(held_out, 3, 0)[0].frames
+
+
+@pytest.mark.parametrize("width", [12, 40])
+def test_few_pictures_or_many_give_the_weights_of_ridge_regression(width):
+    generator = torch.Generator().manual_seed(0)
+    features, targets = torch.randn(30, width, generator=generator), torch.randn(30, 3, generator=generator)
+    penalty = RIDGE * features.square().mean() * 30
+    expected = torch.linalg.solve((features.T @ features + penalty * torch.eye(width)).double(), (features.T @ targets).double())
+    torch.testing.assert_close(_ridge(features, targets), expected.float(), atol=1e-3, rtol=1e-3)
 
 
 def test_the_probe_reads_what_the_codes_say(asked):

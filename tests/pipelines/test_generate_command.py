@@ -54,6 +54,13 @@ def test_generate_image(run):
     assert json.loads((run.folder / "run.json").read_text())["config"]["prompt"] == "the drawer is open, [the door] is left."
 
 
+def test_generate_with_emu3s_vocabulary(published_folder, tmp_path, capsys):
+    common = (f"checkpoint={published_folder}", f"output_dir={tmp_path / 'out'}", "ratio=2:1", "area=128")
+    assert cli.main(["generate", "image", "prompt=a cat", "guidance=3", "negative=blurry, ugly", *common]) == 0
+    path = tmp_path / "out" / "image.png"
+    assert capsys.readouterr().out.splitlines()[-1] == str(path) and Image.open(path).size == (16, 8)
+
+
 def test_generate_video(run):
     code, out, _ = run("generate", "video", "prompt=go left", "frames=3", "window=2", "kept=1")
     assert code == 0 and out[-1] == str(run.folder / "video.mp4") and _sizes(out[-1]) == (3, 128, 128)
