@@ -42,12 +42,34 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("eval.report:ReportConfig", "an evaluation's page anew, beside others with --compare=<results>"),
     "rollout": ("eval.rollout:RolloutConfig", "one chain, with video and a Rerun recording"),
     "serve": ("emu3_vla.commands.serve:ServeConfig", "a policy over websockets, as openpi's client speaks to it"),
+    "generate image": ("emu3_vla.commands.generate:ImageConfig", "draw pictures of what a prompt says"),
+    "generate video": ("emu3_vla.commands.generate:VideoConfig", "film what a prompt says"),
+    "extend": ("emu3_vla.commands.generate:ExtendConfig", "continue a video, for any length"),
+    "ask": ("emu3_vla.commands.generate:AskConfig", "a question about pictures or a video, answered as it is written"),
+    "describe": ("emu3_vla.commands.generate:DescribeConfig", "what there is to see, in words"),
+    "interleave": ("emu3_vla.commands.generate:InterleaveConfig", "steps in words, each with its picture"),
+    "imagine": ("emu3_vla.commands.generate:ImagineConfig", "what the cameras will see if the arm does this"),
+    "complete": ("emu3_vla.commands.generate:CompleteConfig", "draw anew what a mask hides of a picture"),
+    "reconstruct": ("emu3_vla.commands.generate:ReconstructConfig", "a picture or video through the vision tokenizer and back"),
+    "eval-generation": (
+        "emu3_vla.commands.eval_generation:EvalGenerationConfig",
+        "score answers, descriptions, drawings and foresight on held-out frames",
+    ),
     "export": ("emu3_vla.export:ExportConfig", "write a checkpoint in Transformers' or Llama's layout, for other programs"),
     "doctor": ("emu3_vla.commands.doctor:DoctorConfig", "check this installation; --fetch-assets downloads calvin_env's assets"),
 }
 
 
-POSITIONAL: dict[str, tuple[str, ...]] = {"compare": ("a", "b"), "doctor": ("checkpoint",), "inspect": ("dataset",), "report": ("results",)}
+POSITIONAL: dict[str, tuple[str, ...]] = {
+    "compare": ("a", "b"),
+    "complete": ("image", "mask"),
+    "describe": ("image",),
+    "doctor": ("checkpoint",),
+    "extend": ("video",),
+    "inspect": ("dataset",),
+    "reconstruct": ("image",),
+    "report": ("results",),
+}
 """Commands whose first arguments may be bare values, and the options that they are."""
 
 
@@ -63,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if argv else 2
     folder = None
     try:
-        command, overrides = argv[0], argv[1:]
+        command, overrides = _named(argv)
         target = _target(command)
         if overrides and overrides[0] in ("-h", "--help"):
             print(_options(command, target))
@@ -98,6 +120,7 @@ def compose(command: str, overrides: list[str]) -> Any:
     target = _target(command)
     defaults = _defaults(target)
     overrides = [_as_override(argument) for argument in _name_positional(command, overrides)]
+    sentences, overrides = _take_sentences(target, overrides)
     presets, overrides = _take_presets(command, overrides)
     known = _flatten(defaults)
     for override in overrides:
@@ -106,16 +129,16 @@ def compose(command: str, overrides: list[str]) -> Any:
             raise UsageError(f"{override!r} is not an option; options are written name=value (emu3-vla {command} --help lists them)")
         if key not in known:
             raise UsageError(f"unknown option {key!r} of 'emu3-vla {command}'{nearest(key, known)}")
-    store_name = f"{command.replace('-', '_')}_defaults"
+    store_name = f"{_folder(command).replace('-', '_')}_defaults"
     ConfigStore.instance().store(name=store_name, node=defaults)
     try:
         with initialize_config_dir(str(importlib.resources.files("configs")), version_base="1.3"):
             composed = hydra_compose(store_name, overrides)
             if presets:
-                folder = importlib.resources.files("configs") / command
+                folder = importlib.resources.files("configs") / _folder(command)
                 files = [OmegaConf.load(str(folder / f"{preset}.yaml")) for preset in presets]
                 composed = OmegaConf.merge(hydra_compose(store_name), *files, OmegaConf.from_dotlist(overrides))
-        values = OmegaConf.to_container(composed, resolve=True)
+        values = OmegaConf.to_container(composed, resolve=True) | sentences
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(f"options of 'emu3-vla {command}': {str(error).splitlines()[0]}") from error
     try:
@@ -139,7 +162,7 @@ def claim_output_dir(command: str, config: Any) -> Path:
     record = {"command": command, "config": resolved}
     text = json.dumps(record, indent=1, sort_keys=True, default=str)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    folder = Path(config.output_dir or Path("outputs") / command / digest[:8])
+    folder = Path(config.output_dir or Path("outputs") / _folder(command) / digest[:8])
     if not _leads():
         return folder
     claim = folder / "run.json"
@@ -177,6 +200,23 @@ def nearest(name: str, known) -> str:
     """'; did you mean …?' for an unknown name, or the list of what there is."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
+
+
+def _named(argv: list[str]) -> tuple[str, list[str]]:
+    """The command, which may be two words, and what follows it."""
+    for words in (2, 1):
+        if " ".join(argv[:words]) in COMMANDS:
+            return " ".join(argv[:words]), argv[words:]
+    second = [name.split()[1] for name in COMMANDS if name.startswith(f"{argv[0]} ")]
+    if second:
+        said = f"not {argv[1]!r}" if len(argv) > 1 else "and nothing was said"
+        raise UsageError(f"'emu3-vla {argv[0]}' needs to know what: {' or '.join(second)}, {said}")
+    return argv[0], argv[1:]
+
+
+def _folder(command: str) -> str:
+    """The name of a command's folders."""
+    return command.replace(" ", "-")
 
 
 def _target(command: str) -> type:
@@ -229,13 +269,25 @@ def _as_override(argument: str) -> str:
     return f"{name.replace('-', '_')}={value if given else 'true'}"
 
 
+def _take_sentences(target: type, overrides: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Options that are sentences, as they were typed (Hydra would read their commas and brackets as lists), and the other overrides."""
+    sentences, rest = {}, []
+    for override in overrides:
+        name, given, value = override.partition("=")
+        if given and name in getattr(target, "SENTENCES", ()):
+            sentences[name] = value
+        else:
+            rest.append(override)
+    return sentences, rest
+
+
 def _take_presets(command: str, overrides: list[str]) -> tuple[list[str], list[str]]:
     """Presets in the order in which they apply ("preset=stage/vla,stage/debug" names two), and the other overrides."""
     rest = [override for override in overrides if not override.startswith("preset=")]
     given = [override.removeprefix("preset=") for override in overrides if override.startswith("preset=")]
     if not given:
         return [], rest
-    folder = Path(str(importlib.resources.files("configs") / command))
+    folder = Path(str(importlib.resources.files("configs") / _folder(command)))
     known = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
     chosen = given[-1].split(",")
     for preset in chosen:

@@ -7,7 +7,7 @@ import torch
 
 from action_tokenizer import ActionNormalizer, FastTokenizer
 from emu3_vla.data.tokens import ACTION, NORMALIZER, TEXT, VISION, Asked, TokenizedEpisode, TokenStore
-from emu3_vla.number_words import StateWords
+from emu3_vla.number_words import NumberWords, StateWords
 from emu3_vla.text import TextTokenizer
 from emu3_vla.vision_tokenizer.light import LightConfig, LightTokenizer
 from envs.spec import RGB_GRIPPER, RGB_STATIC
@@ -16,11 +16,23 @@ HORIZON, SPACING, FRAMES = 10, 5, 9
 WORDINGS = {"left": ["go left", "move to the left"], "right": ["go right", "move to the right"]}
 SPEEDS = ("stands.", "goes.", "runs.", "flies.")
 STATE = StateWords(("x", "width"), (0.0, 0.0), (1.0, 0.08), bins=8)
+SCENE = NumberWords.within({"speed": (0.0, 4.0), "missing": (0.0, 4.0), "odd": (0.0, 1.0)}, bins=4)
 LIGHT = LightConfig(codebook_size=32, channels=(8, 8), encoder_blocks=(0, 0), decoder_blocks=(0, 0))
 
 
-def tiny_store(folder: Path, shards: int = 4, episodes_per_shard: int = 10, asked: bool = False, felt: bool = False) -> TokenStore:
-    """Write the store and return it. asked: with one question about every frame. felt: with the arm's state, which says the speed too."""
+def tiny_store(
+    folder: Path,
+    shards: int = 4,
+    episodes_per_shard: int = 10,
+    asked: bool = False,
+    questions: str = "tiny_tokens:nobody",
+    about=None,
+    felt: bool = False,
+) -> TokenStore:
+    """Write the store and return it. asked: with one question about every frame, or those of `questions`: about(speed) -> pairs. felt: with
+    the arm's state, and what there is to see, which say the speed too."""
+    said = [sentence for speed in range(len(SPEEDS)) for pair in about(speed) for sentence in pair] if about else []
+    about = about or (lambda speed: [("how fast?", SPEEDS[speed])])
     random = np.random.default_rng(0)
     torch.manual_seed(0)
     LightTokenizer(LIGHT).eval().save_pretrained(folder / VISION)
@@ -30,9 +42,9 @@ def tiny_store(folder: Path, shards: int = 4, episodes_per_shard: int = 10, aske
     chunks = np.concatenate([normalizer.normalize(episode["chunks"]) for shard in recorded for episode in shard])
     action = FastTokenizer.fit(chunks, scale=10, vocab_size=300)
     action.save_pretrained(folder / ACTION)
-    text = TextTokenizer.fit(
-        [*(sentence for task in WORDINGS.values() for sentence in task), *SPEEDS], vocab_size=280, words=STATE.words if felt else ()
-    )
+    own = [sentence for task in WORDINGS.values() for sentence in task]
+    words = [*STATE.words, *SCENE.words] if felt else []
+    text = TextTokenizer.fit([*own, *SPEEDS, *said], vocab_size=400 if said else 280, words=words)
     text.save_pretrained(folder / TEXT)
     metadata = {
         "horizon": HORIZON,
@@ -42,15 +54,15 @@ def tiny_store(folder: Path, shards: int = 4, episodes_per_shard: int = 10, aske
         "action_vocab_size": action.vocab_size,
         "text_vocab_size": text.vocab_size,
         "wordings": WORDINGS,
-        "questions": "tiny_tokens:nobody" if asked else "",
+        "questions": questions if asked else "",
         "shards": list(range(shards)),
-        **({"state": STATE.fields()} if felt else {}),
+        **({"state": STATE.fields(), "scene": SCENE.fields(), "scene_by": "tiny_tokens:nobody"} if felt else {}),
         "source": {"totals": {"episodes": shards * episodes_per_shard}},
     }
     store = TokenStore.create(folder, metadata)
     for index, shard in enumerate(recorded):
         encode = text.encode if asked else None
-        store.write_shard(index, [_tokenized(episode, index, action, normalizer, encode, felt) for episode in shard])
+        store.write_shard(index, [_tokenized(episode, index, action, normalizer, encode, about, felt) for episode in shard])
     return store
 
 
@@ -73,7 +85,9 @@ def state_of(speed: int) -> np.ndarray:
     return robot_obs
 
 
-def _tokenized(episode: dict, shard: int, action: FastTokenizer, normalizer: ActionNormalizer, encode, felt: bool) -> TokenizedEpisode:
+def _tokenized(
+    episode: dict, shard: int, action: FastTokenizer, normalizer: ActionNormalizer, encode, about, felt: bool
+) -> TokenizedEpisode:
     static = (8 * episode["speeds"][:, None, None] + episode["noise"]).astype(np.uint16)
     return TokenizedEpisode(
         task=episode["task"],
@@ -84,8 +98,9 @@ def _tokenized(episode: dict, shard: int, action: FastTokenizer, normalizer: Act
         frame_step=np.arange(FRAMES) * SPACING,
         action_ids=action.encode(normalizer.normalize(episode["chunks"])),
         chunk_imitate=np.arange(FRAMES) != 3,
-        asked=Asked.of([[(encode("how fast?"), encode(SPEEDS[speed]))] for speed in episode["speeds"]]) if encode else None,
+        asked=Asked.of([[tuple(map(encode, pair)) for pair in about(speed)] for speed in episode["speeds"]]) if encode else None,
         state_FS=np.stack([STATE.numbers(state_of(speed)) for speed in episode["speeds"]]) if felt else None,
+        scene_FS=np.stack([SCENE.numbers([speed, 3 - speed, speed % 2]) for speed in episode["speeds"]]) if felt else None,
     )
 
 

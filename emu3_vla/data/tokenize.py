@@ -108,7 +108,7 @@ class TokenizeConfig:
                 raise ValueError(f"{option}={getattr(self, option)} and checkpoint={self.checkpoint} both name one; leave either out")
             object.__setattr__(self, option, path)
         if self.state:
-            raise ValueError(f"state={','.join(self.state)}, but checkpoint={self.checkpoint} decides how the arm's state is said; leave it out")
+            raise ValueError(f"state={','.join(self.state)}, but checkpoint={self.checkpoint} decides how the state is said; leave it out")
         horizon = read_policy(folder / POLICY).horizon
         if self.horizon != horizon:
             raise ValueError(f"horizon={self.horizon}, but the chunks of checkpoint={self.checkpoint} have {horizon} control steps")

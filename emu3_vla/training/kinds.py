@@ -20,11 +20,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from emu3_vla.documents import ActionChunk, End, Image, Segment, Text, Video
+from emu3_vla.documents import ActionChunk, End, Image, Segment, Text, forms
 from emu3_vla.number_words import SpelledNumbers
-from emu3_vla.training.stream import TokenizedEpisode, documents_of, said
-from emu3_vla.vocabulary import Emu3Vocabulary, Vocabulary
-from envs.spec import RGB_GRIPPER, RGB_STATIC
+from emu3_vla.training.stream import TokenizedEpisode, asked_texts, documents_of, images_of, said
+from emu3_vla.vocabulary import Vocabulary
+from envs.spec import RGB_STATIC
 
 CAPTION = 0
 """Number of the question whose answer describes a frame."""
@@ -116,48 +116,40 @@ def _text(material: Material, episode: TokenizedEpisode, frames: tuple[int, ...]
 
 
 def _draw(material: Material, episode: TokenizedEpisode, frames: tuple[int, ...], random: np.random.Generator) -> list[Segment]:
-    return [_caption(episode, frames[0]), *_images(episode, frames[0]), End()]
+    return [*forms.captioned([_caption(episode, frames[0])], images_of(episode, frames[0])), End()]
 
 
 def _describe(material: Material, episode: TokenizedEpisode, frames: tuple[int, ...], random: np.random.Generator) -> list[Segment]:
-    return [*_images(episode, frames[0]), _caption(episode, frames[0]), End()]
+    return [*forms.described(images_of(episode, frames[0]), [_caption(episode, frames[0])]), End()]
 
 
 def _film(material: Material, episode: TokenizedEpisode, frames: tuple[int, ...], random: np.random.Generator) -> list[Segment]:
-    codes = episode.static_codes[list(frames)]
-    if isinstance(material.vocabulary, Emu3Vocabulary):
-        shown: list[Segment] = [Video(codes)]
-    else:
-        shown = [Image(RGB_STATIC, frame) for frame in codes]
-    return [_instruction(material, episode, random), *shown, End()]
+    instruction, codes = _instruction(material, episode, random), episode.static_codes[list(frames)]
+    return [*forms.filmed([instruction], codes, material.vocabulary, RGB_STATIC), End()]
 
 
 def _world(material: Material, episode: TokenizedEpisode, frames: tuple[int, ...], random: np.random.Generator) -> list[Segment]:
-    document = [_instruction(material, episode, random, supervised=False), *_images(episode, frames[0], supervised=False)]
-    for before, after in zip(frames, frames[1:], strict=False):
-        document += [ActionChunk(episode.action_ids[before], supervised=False), *_images(episode, after)]
-    return [*document, End()]
+    instruction = _instruction(material, episode, random, supervised=False)
+    looks = [images_of(episode, frame, supervised=number > 0) for number, frame in enumerate(frames)]
+    chunks = [ActionChunk(episode.action_ids[frame], supervised=False) for frame in frames[:-1]]
+    return [*forms.acted([instruction], looks, chunks), End()]
 
 
 def _ask(material: Material, episode: TokenizedEpisode, frames: tuple[int, ...], random: np.random.Generator) -> list[Segment]:
-    document: list[Segment] = _images(episode, frames[0], supervised=False)
-    for question in random.permutation(episode.asked.lengths_FQ2.shape[1])[: material.questions]:
-        asked, answer = episode.asked.pair(frames[0], int(question))
-        document += [Text(asked, supervised=False), Text(answer)]
-    return document
+    questions = random.permutation(episode.asked.lengths_FQ2.shape[1])[: material.questions]
+    return forms.asked(images_of(episode, frames[0], supervised=False), asked_texts(episode, frames[0], questions))
 
 
 def _act(material: Material, episode: TokenizedEpisode, frames: tuple[int, ...], random: np.random.Generator) -> list[Segment]:
-    document = [_instruction(material, episode, random, supervised=False)]
-    for frame in frames:
-        chunk = ActionChunk(episode.action_ids[frame], supervised=bool(episode.chunk_imitate[frame]))
-        document += [*_images(episode, frame), *said(material.states, episode.state_FS, frame, supervised=False), chunk]
-    return document
+    instruction = _instruction(material, episode, random, supervised=False)
+    looks = [[*images_of(episode, frame), *said(material.states, episode.state_FS, frame, supervised=False)] for frame in frames]
+    chunks = [ActionChunk(episode.action_ids[frame], supervised=bool(episode.chunk_imitate[frame])) for frame in frames]
+    return forms.acted([instruction], looks, chunks)
 
 
 def _interleave(material: Material, episode: TokenizedEpisode, frames: tuple[int, ...], random: np.random.Generator) -> list[Segment]:
-    moments = [part for frame in frames for part in (_caption(episode, frame), Image(RGB_STATIC, episode.static_codes[frame]))]
-    return [_instruction(material, episode, random), *moments, End()]
+    moments = [(_caption(episode, frame), Image(RGB_STATIC, episode.static_codes[frame])) for frame in frames]
+    return [*forms.interleaved([_instruction(material, episode, random)], moments), End()]
 
 
 def _instruction(material: Material, episode: TokenizedEpisode, random: np.random.Generator, supervised: bool = True) -> Text:
@@ -167,11 +159,6 @@ def _instruction(material: Material, episode: TokenizedEpisode, random: np.rando
 
 def _caption(episode: TokenizedEpisode, frame: int) -> Text:
     return Text(episode.asked.pair(frame, CAPTION)[1])
-
-
-def _images(episode: TokenizedEpisode, frame: int, supervised: bool = True) -> list[Segment]:
-    static, gripper = episode.static_codes[frame], episode.gripper_codes[frame]
-    return [Image(RGB_STATIC, static, supervised=supervised), Image(RGB_GRIPPER, gripper, supervised=supervised)]
 
 
 KINDS: dict[str, Kind] = {

@@ -147,7 +147,7 @@ def _runs(config: ScalingLawConfig) -> list[Run]:
     wanted = [(width, steps, False) for width in config.widths for steps in config.steps]
     wanted += [(config.held_out_width, steps, True) for steps in config.held_out_steps]
     runs = []
-    for width, steps, held_out in sorted(wanted, key=lambda run: -run[0] ** 2 * run[1]):
+    for width, steps, held_out in sorted(wanted, key=lambda run: -(run[0] ** 2) * run[1]):
         optimizer = config.train.optimizer
         rate = optimizer.learning_rate * (256 / width) ** config.learning_rate_exponent
         train = dataclasses.replace(

@@ -8,14 +8,14 @@ batches, so little of a batch is padding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
 from emu3_vla.data.tokens import Asked
-from emu3_vla.documents import ActionChunk, Batch, Image, Segment, Text, collate, length_of
+from emu3_vla.documents import ActionChunk, Batch, Image, Segment, Text, collate, forms, length_of
 from emu3_vla.number_words import SpelledNumbers
 from emu3_vla.vocabulary import CompactVocabulary
 from envs.spec import RGB_GRIPPER, RGB_STATIC
@@ -184,32 +184,38 @@ class DocumentStream:
     def _document(self, draw: _Draw) -> list[Segment]:
         if draw.questions:
             return self._asked_segments(draw)
-        instruction = self._texts_of(draw.anchor)[draw.wording]
-        return [Text(instruction, supervised=False), *self._chunk_segments(self._anchors[draw.anchor], draw.seen)]
+        instruction = Text(self._texts_of(draw.anchor)[draw.wording], supervised=False)
+        return [instruction, *self._chunk_segments(self._anchors[draw.anchor], draw.seen)]
 
     def _asked_segments(self, draw: _Draw) -> list[Segment]:
         episode, frame = self._episode_of(draw.anchor), self._anchors[draw.anchor].frames[0]
-        segments: list[Segment] = [
-            Image(RGB_STATIC, episode.static_codes[frame], supervised=False),
-            Image(RGB_GRIPPER, episode.gripper_codes[frame], supervised=False),
-            *(said(self._states, episode.state_FS, frame, supervised=False) if draw.felt else ()),
-        ]
-        for question in draw.questions:
-            asked, answer = episode.asked.pair(frame, question)
-            segments += [Text(asked, supervised=False), Text(answer)]
-        return segments
+        felt = said(self._states, episode.state_FS, frame, supervised=False) if draw.felt else []
+        return forms.asked([*images_of(episode, frame, supervised=False), *felt], asked_texts(episode, frame, draw.questions))
 
     def _chunk_segments(self, anchor: _Anchor, seen: bool = False) -> list[Segment]:
-        episode, segments = self._episodes[anchor.episode], []
-        for frame in anchor.frames:
-            segments += [
-                Image(RGB_STATIC, episode.static_codes[frame]),
-                Image(RGB_GRIPPER, episode.gripper_codes[frame]),
-                *said(self._states, episode.state_FS, frame, supervised=False),
-                *(said(self._scenes, episode.scene_FS, frame) if seen else ()),
-                ActionChunk(episode.action_ids[frame], supervised=bool(episode.chunk_imitate[frame])),
-            ]
-        return segments
+        episode = self._episodes[anchor.episode]
+        chunks = [ActionChunk(episode.action_ids[frame], supervised=bool(episode.chunk_imitate[frame])) for frame in anchor.frames]
+        return forms.acted([], [self._look(episode, frame, seen) for frame in anchor.frames], chunks)
+
+    def _look(self, episode: TokenizedEpisode, frame: int, seen: bool) -> list[Segment]:
+        """What stands before a chunk's actions."""
+        return [
+            *images_of(episode, frame),
+            *said(self._states, episode.state_FS, frame, supervised=False),
+            *(said(self._scenes, episode.scene_FS, frame) if seen else ()),
+        ]
+
+
+def images_of(episode: TokenizedEpisode, frame: int, supervised: bool = True) -> list[Image]:
+    """What both cameras show at a frame."""
+    static, gripper = episode.static_codes[frame], episode.gripper_codes[frame]
+    return [Image(RGB_STATIC, static, supervised=supervised), Image(RGB_GRIPPER, gripper, supervised=supervised)]
+
+
+def asked_texts(episode: TokenizedEpisode, frame: int, questions: Iterable[int]) -> list[Text]:
+    """Questions about a frame, by number, each with its answer, which alone is supervised."""
+    pairs = [episode.asked.pair(frame, int(question)) for question in questions]
+    return [text for asked, answer in pairs for text in (Text(asked, supervised=False), Text(answer))]
 
 
 def said(spelled: SpelledNumbers | None, numbers_FS: np.ndarray | None, frame: int, supervised: bool = True) -> list[Segment]:

@@ -20,19 +20,20 @@ def to_pixels(images: np.ndarray | torch.Tensor, size: int) -> torch.Tensor:
     return from_bytes(resize(images, size))
 
 
-def resize(images: np.ndarray | torch.Tensor, size: int) -> torch.Tensor:
-    """The first half of `to_pixels`: uint8 (B, H, W, 3) -> uint8 (B, 3, size, size), channels last in memory."""
+def resize(images: np.ndarray | torch.Tensor, size: int | tuple[int, int]) -> torch.Tensor:
+    """The first half of `to_pixels`: uint8 (B, H, W, 3) -> uint8 (B, 3, size, size), channels last in memory. size: or rows and columns."""
     images = torch.as_tensor(images)
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(f"images are {images.dtype} of shape {tuple(images.shape)}, expected uint8 (B, H, W, 3) as the cameras give them")
-    if size < 1:
+    height, width = (size, size) if isinstance(size, int) else size
+    if min(height, width) < 1:
         raise ValueError(f"size is {size}, expected at least 1 pixel")
     images = images.permute(0, 3, 1, 2)
     if not len(images):
-        return images.new_empty(0, 3, size, size)
-    if tuple(images.shape[-2:]) == (size, size):
+        return images.new_empty(0, 3, height, width)
+    if tuple(images.shape[-2:]) == (height, width):
         return images
-    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+    return F.interpolate(images, size=(height, width), mode="bilinear", antialias=True)
 
 
 def from_bytes(images: torch.Tensor) -> torch.Tensor:

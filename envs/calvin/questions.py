@@ -10,6 +10,7 @@ Distances are in millimetres along the world's axes, rounded to STEP_MM: x to th
 
 from __future__ import annotations
 
+import re
 from math import degrees, pi
 
 import numpy as np
@@ -26,6 +27,20 @@ DIRECTIONS = (("left", "right"), ("back", "forward"), ("down", "up"))
 PLACES = {"table": "on the table", "shelf": "in the cabinet", "drawer": "in the drawer", "floor": "on the floor"}
 DESCRIBE = "what do you see?"
 """The question that `describe` answers."""
+KINDS = {
+    DESCRIBE: "description",
+    "is the light bulb on?": "lights",
+    "is the green light on?": "lights",
+    "is the drawer open?": "drawer",
+    "where is the sliding door?": "door",
+    "what is in the hand?": "hand",
+    "where is the block?": "place of a block",
+    "how far is the block from the hand?": "distance of a block",
+    "how is the block turned?": "heading of a block",
+} | {f"how far is the {name} from the hand?": "distance of a fixture" for name in ("drawer handle", "door handle", "switch", "button")}
+"""Kinds of questions, the blocks' colours left out."""
+_OF_A_COLOR = re.compile(rf"({'|'.join(COLORS)}) block")
+_CLAUSE = re.compile(r"the (?P<thing>[a-z ]+?) is (?P<state>[a-z ]+)")
 _BULB_BOX_Z, _DRAWER_HANDLE_Z, _DOOR_HANDLE_Z, _BUTTON_Z = 0.56, 0.36, 0.53, 0.46
 
 
@@ -101,6 +116,29 @@ class Questions:
         return ", ".join(parts) + "."
 
 
+def kind_of(question: str) -> str:
+    """What a question is about, for figures by kind. Raises ValueError for one that `Questions` does not ask."""
+    kind = KINDS.get(_OF_A_COLOR.sub("block", question))
+    if kind is None:
+        raise ValueError(f"{question!r} is no question about CALVIN's scenes")
+    return kind
+
+
+def way_mm(answer: str) -> np.ndarray:
+    """How far something is, from the words of an answer: float64 (3,), x y z. Raises ValueError for another answer."""
+    words = answer.removesuffix(".").split()
+    signs = [pair.index(word) * 2 - 1 for word, pair in zip(words[1::2], DIRECTIONS, strict=False) if word in pair]
+    if len(words) != 6 or len(signs) != 3 or not all(word.isdigit() for word in words[::2]):
+        raise ValueError(f"{answer!r} is no distance, expected one like '125 right 40 back 80 down.'")
+    return np.array([sign * float(word) for sign, word in zip(signs, words[::2], strict=True)])
+
+
+def clauses(description: str) -> dict[str, str]:
+    """What a description says of each thing: {"drawer": "open", "red block": "on the table", ...}; what is no clause is left out."""
+    found = (_CLAUSE.fullmatch(clause) for clause in description.strip().removesuffix(".").split(", "))
+    return {match["thing"]: match["state"] for match in found if match}
+
+
 def _yes(value: float) -> str:
     return "yes." if value > 0.5 else "no."
 
@@ -123,7 +161,7 @@ def _yaw(block: Block) -> int:
 
 
 def _way(vector_m: np.ndarray) -> str:
-    """"125 right 40 back 80 down"."""
+    """ "125 right 40 back 80 down"."""
     parts = []
     for value, (negative, positive) in zip(vector_m.tolist(), DIRECTIONS, strict=True):
         millimetres = min(round(abs(value) * 1000 / STEP_MM) * STEP_MM, FURTHEST_MM)

@@ -5,7 +5,7 @@ import pytest
 
 from emu3_vla.text import TextTokenizer
 from envs.calvin.expert.policy import ExpertPolicy
-from envs.calvin.questions import DESCRIBE, Questions
+from envs.calvin.questions import DESCRIBE, KINDS, Questions, clauses, kind_of, way_mm
 from eval.sequences import initial_state, long_horizon_sequences
 
 
@@ -56,3 +56,31 @@ def test_every_answer_ends_with_its_only_full_stop_and_its_words_are_known(state
         assert question.endswith("?") and answer.endswith(".") and answer.count(".") == 1
         assert tokenizer.decode(tokenizer.encode(answer)) == answer
         assert len(tokenizer.encode(answer)) <= len(answer.split()) + answer.count(",") + 4, "numbers and words are an id each"
+
+
+def test_answers_are_read_back(state):
+    robot_obs, scene_obs = (part.copy() for part in state)
+    order = ExpertPolicy("D").arm.block_order
+    for number, color in enumerate(("red", "blue", "pink")):
+        at = 6 + 6 * order.index(color)
+        scene_obs[at : at + 3] = robot_obs[:3] + np.array([0.12, -0.05, 0.0]) * (number + 1)
+    answers = _answers(robot_obs, scene_obs)
+    assert {kind_of(question) for question in answers} == set(KINDS.values())
+    np.testing.assert_array_equal(way_mm(answers["how far is the pink block from the hand?"]), [360, -150, 0])
+    said = clauses(answers[DESCRIBE])
+    assert list(said) == ["drawer", "door", "light bulb", "green light", "red block", "blue block", "pink block"]
+    assert ", ".join(f"the {thing} is {state}" for thing, state in said.items()) + "." == answers[DESCRIBE]
+
+
+@pytest.mark.parametrize(
+    "answer", ["", "yes.", "1 right 2 back.", "1 right 2 back 3 sideways.", "1 up 2 back 3 right.", "x right 2 back 3 up."]
+)
+def test_what_is_no_distance_is_refused(answer):
+    with pytest.raises(ValueError, match="is no distance"):
+        way_mm(answer)
+
+
+def test_strange_words_are_no_question_and_no_clause():
+    with pytest.raises(ValueError, match="no question about CALVIN"):
+        kind_of("is it raining?")
+    assert clauses("down. down, the door is left, the the, is") == {"door": "left"}

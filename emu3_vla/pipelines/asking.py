@@ -1,0 +1,131 @@
+"""Answers about pictures, and descriptions of them, streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from emu3_vla.documents import Image, Prompts, Text, Video, forms
+from emu3_vla.generation.grammar import Grammar
+from emu3_vla.generation.pieces import literal, sentence, sequence, text
+from emu3_vla.generation.requests import Event, Request
+from emu3_vla.pipelines.base import Decoding, Pictures, PipelineBase, checked_frames
+from emu3_vla.pipelines.errors import PipelineError, WrongFrames, WrongPictures
+from emu3_vla.vocabulary import Emu3Vocabulary
+
+LIKELIEST = Decoding()
+LONGEST = 256
+"""Text ids of an answer, at most."""
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class TextStream(Iterator[str]):
+    """Pieces of a text as they are written. text: all so far. finish: None until the end; "length" where it was cut short."""
+
+    def __init__(self, pipeline: PipelineBase, events: Iterator[Event]):
+        self.text, self.finish = "", None
+        self._pipeline, self._events = pipeline, events
+        self._ids: list[int] = []
+
+    def __next__(self) -> str:
+        while self.finish is None:
+            event = next(self._events)
+            self.finish = event.finish
+            self._ids += [index for index in event.items if index != self._pipeline.vocabulary.eos]
+            whole = self._pipeline.text.decode(self._ids)
+            if whole.endswith(REPLACEMENT) and self.finish is None:
+                continue  # a character's bytes that the next id may complete
+            piece, self.text = whole[len(self.text) :], whole
+            if piece:
+                return piece
+        raise StopIteration
+
+    def read(self) -> str:
+        """All of the text, when it is written."""
+        for _ in self:
+            pass
+        return self.text
+
+
+def ask(
+    pipeline: PipelineBase,
+    question: str,
+    pictures: Pictures | None = None,
+    *,
+    frames: np.ndarray | None = None,
+    longest: int = LONGEST,
+    decoding: Decoding = LIKELIEST,
+) -> TextStream:
+    """Ask about pictures, or a video.
+
+    pictures: uint8 (H, W, 3), see `Pictures`: one of each of the checkpoint's cameras, or any one for a checkpoint without cameras.
+    frames: uint8 (T, H, W, 3) instead, for Emu3's published weights. longest: text ids of the answer, at most.
+
+    Returns an iterator over pieces of the answer. Raises WrongPictures, WrongFrames, PromptTooLong, LacksPart, PipelineError.
+    """
+    texts = pipeline.texts(question, "question")
+    if (pictures is None) == (frames is None):
+        raise WrongPictures("a question is about pictures or about the frames of a video: give one of them")
+    if not pipeline.published:
+        if frames is not None:
+            raise WrongFrames("this checkpoint is asked about the pictures of one moment, not about a video; give pictures")
+        return _streamed(pipeline, ask_request(pipeline, texts, pipeline.look(pictures), decoding, longest))
+    picture = _video(pipeline, frames) if frames is not None else _single(pipeline.look(pictures))
+    prompts, grammar = Prompts(pipeline.text.encode), Grammar(sequence(text(pipeline.vocabulary), literal(pipeline.vocabulary.eos)))
+
+    def prompt_of(text: list[Text]):
+        # The question's words are encoded with the full stop that follows them, so the document is made of words, not of ids.
+        return prompts.ask(question if text is texts else decoding.negative, picture)
+
+    return _streamed(pipeline, pipeline.request(prompt_of, texts, grammar, decoding, longest=_checked(longest)))
+
+
+def ask_request(pipeline: PipelineBase, question: list[Text], look: Sequence[Image], decoding: Decoding, longest: int = LONGEST) -> Request:
+    """To answer a question in the form of our training: the answer ends with its full stop."""
+    grammar = Grammar(sentence(pipeline.vocabulary, _full_stops(pipeline.text)))
+    return pipeline.request(lambda text: forms.asked(look, text), question, grammar, decoding, longest=_checked(longest))
+
+
+def describe(pipeline: PipelineBase, pictures: Pictures, *, longest: int = LONGEST, decoding: Decoding = LIKELIEST) -> TextStream:
+    """Say what there is to see. Arguments, result and errors as of `ask`."""
+    return _streamed(pipeline, describe_request(pipeline, pipeline.look(pictures), decoding, longest))
+
+
+def describe_request(pipeline: PipelineBase, look: Sequence[Image], decoding: Decoding, longest: int = LONGEST) -> Request:
+    """To write the caption of pictures and the end of the document."""
+    grammar = Grammar(sequence(text(pipeline.vocabulary), literal(pipeline.vocabulary.eos)))
+    if decoding.guidance != 1:
+        raise PipelineError("a description has no text to be guided by; leave guidance at 1")
+    return pipeline.request(lambda text: forms.described(look, text), [], grammar, decoding, longest=_checked(longest))
+
+
+def _streamed(pipeline: PipelineBase, request: Request) -> TextStream:
+    return TextStream(pipeline, pipeline.events([request]))
+
+
+def _checked(longest: int) -> int:
+    if longest < 1:
+        raise PipelineError(f"longest is {longest}, expected at least 1 text id")
+    return longest
+
+
+def _single(look: Sequence[Image]) -> Image:
+    if len(look) != 1:
+        raise WrongPictures(f"{len(look)} pictures were given; in the published form a question is about one picture, or about a video")
+    return look[0]
+
+
+def _video(pipeline: PipelineBase, frames: np.ndarray) -> Video:
+    if not isinstance(pipeline.vocabulary, Emu3Vocabulary):
+        raise WrongFrames("a compact vocabulary has no videos; give pictures")
+    clips = pipeline.codes_clips
+    frames = checked_frames(frames, pipeline.vision.frames_per_code if clips else 1)
+    return Video(pipeline.code_frames(frames, pipeline.cameras[0].name if pipeline.cameras else "", clips=clips))
+
+
+@lru_cache(maxsize=2)
+def _full_stops(tokenizer) -> np.ndarray:
+    """Ids whose text ends with a full stop."""
+    return np.array([index for index in range(tokenizer.vocab_size) if tokenizer.decode([index]).endswith(".")])
