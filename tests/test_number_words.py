@@ -1,4 +1,4 @@
-"""The arm's state in words: bins, errors, ids, and what a policy shows of it."""
+"""Numbers as words: bins, errors, ids, how their embeddings begin, and how they are written."""
 
 from math import pi
 
@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from emu3_vla.number_words import NumberWordsError, StateWords
+from emu3_vla.generation.cache import CachedTrunk
+from emu3_vla.generation.words import WordWriter
+from emu3_vla.model import BlockEmu3ForCausalLM, build_config
+from emu3_vla.number_words import NumberWords, NumberWordsError, StateWords
 from emu3_vla.text import TextTokenizer
 from emu3_vla.training.initial import start_numbers_smoothly
+from emu3_vla.vocabulary import CompactVocabulary, ImageGrid
 
 NAMES = ("x", "yaw", "width")
 
@@ -71,7 +75,7 @@ def test_neighbouring_numbers_begin_alike():
 
 
 @pytest.mark.parametrize(
-    ("names", "said"), [(("x", "elbow"), "has no 'elbow', only x"), ((), "are none"), (("x", "x"), "x, x, expected some, each once")]
+    ("names", "said"), [(("x", "elbow"), "has no 'elbow', only x"), ((), "are none"), (("x", "x"), "x, x, expected each once")]
 )
 def test_names_that_are_no_entries(names, said):
     with pytest.raises(NumberWordsError, match=said):
@@ -97,3 +101,63 @@ def test_fields_come_back():
     assert StateWords.of(words.fields()) == words
     with pytest.raises(NumberWordsError, match="does not say how"):
         StateWords.of({"names": ["x"]})
+
+
+def test_values_are_the_middles_of_their_bins():
+    words = NumberWords.within({"slide": (0.0, 0.15), "bulb": (0.0, 1.0)}, bins=10)
+    numbers = words.numbers([[0.05, 1.0]])
+    np.testing.assert_allclose(words.values(numbers), [[0.0525, 0.95]])
+    with pytest.raises(NumberWordsError, match=r"shape \(3,\), expected \(..., 2\): slide, bulb"):
+        words.numbers([0.0, 0.0, 0.0])
+
+
+@pytest.fixture(scope="module")
+def writer():
+    words = NumberWords.within({name: (0.0, 1.0) for name in "abcdef"}, bins=6)
+    text = TextTokenizer.fit(["go"], vocab_size=256, words=words.words)
+    vocabulary = CompactVocabulary(
+        text_size=text.vocab_size, action_size=8, codebook_size=8, images=(ImageGrid(name="view", rows=4, columns=4),), block_size=4
+    )
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = BlockEmu3ForCausalLM(build_config(vocabulary, **sizes, hidden_act="relu2", code_dim=4, depth_size=16, depth_heads=2)).eval()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(50)  # so that what was said decides what is said next
+        model.lm_head.weight.mul_(50)
+    return WordWriter(model, words.spelled(text.encode)), CachedTrunk(model), model
+
+
+def _written(writer, guess):
+    words, trunk, model = writer
+    sequence = trunk.sequence(64)
+    states = sequence.extend(model.model.embed_tokens.weight[[65, 66, 67]].detach())
+    (bins,), (passes,) = words.write_each([sequence], states[-1][None], [guess])
+    return bins, passes, sequence
+
+
+def test_words_are_the_likeliest_one_after_another(writer):
+    """Against the model itself, with the whole document anew for each word."""
+    bins, passes, sequence = _written(writer, None)
+    words, _, model = writer
+    ids, said = [65, 66, 67], []
+    for entry in range(6):
+        with torch.no_grad():
+            hidden = model.model(inputs_embeds=model.model.embed_tokens.weight[ids][None]).last_hidden_state[0, -1]
+            of_entry = words._ids_SB[entry]
+            said.append(int((model.lm_head(hidden))[of_entry].argmax()))
+        ids.append(int(of_entry[said[-1]]))
+    assert bins.tolist() == said and len(set(said)) > 1
+    assert passes == 5 and sequence.length == 8
+
+
+@pytest.mark.parametrize("wrong", [(), (0,), (2,), (4,), (5,), (1, 3), (0, 1, 2, 3, 4, 5)])
+def test_guesses_change_no_word(writer, wrong):
+    bins, passes, sequence = _written(writer, None)
+    guess = bins.astype(int)
+    guess[list(wrong)] = (guess[list(wrong)] + 1) % 6
+    again, fewer, same = _written(writer, guess)
+    assert again.tolist() == bins.tolist() and same.length == sequence.length
+    # The first word is known before any guess goes in, and the last guess is of no use: nothing stands behind it.
+    assert fewer == 1 + sum(number not in (0, 5) for number in wrong) <= passes
+    following = writer[2].model.embed_tokens.weight[[70]].detach()
+    torch.testing.assert_close(same.extend(following), sequence.extend(following), atol=1e-4, rtol=1e-4)

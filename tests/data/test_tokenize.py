@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -275,6 +276,40 @@ def test_states_that_no_word_stands_for(folder, tmp_path):
     (damaged / "tokens.json").write_text(json.dumps(manifest))
     with pytest.raises(TokenStoreError, match="expected \\(frames, 1\\) below 3"):
         TokenStore.open(damaged).read_shard(0)
+
+
+class Seer:
+    """Sees how many joints lie left of zero."""
+
+    bins = 15
+    limits: ClassVar = {"left": (0.0, 15.0), "height": (-0.5, 0.5)}
+
+    def __init__(self, scene: str):
+        assert scene == "X"
+
+    def of(self, robot_obs, scene_obs):
+        return [(robot_obs < 0).sum(), robot_obs[2]]
+
+
+def test_what_there_is_to_see_in_words(folder, tmp_path):
+    store = EpisodeStore.create(tmp_path / "episodes", {"wordings": WORDINGS, "scene": "X"})
+    store.write_shard(0, [make_episode(0, 23), make_episode(1, 31)])
+    main(
+        TokenizeConfig(
+            episodes=str(store.path),
+            vision_tokenizer=str(folder / "vision"),
+            output_dir=str(tmp_path / "seen"),
+            workers=1,
+            scene="test_tokenize:Seer",
+        )
+    )
+    tokens = TokenStore.open(tmp_path / "seen")
+    assert tokens.scene_words.names == ("left", "height") and tokens.state_words is None
+    for tokenized, episode in zip(tokens.read_shard(0), store.read_shard(0), strict=True):
+        left = (episode.robot_obs[episode.frame_step] < 0).sum(axis=1)
+        np.testing.assert_array_equal(tokenized.scene_FS[:, 0], left.clip(0, 14))
+    with pytest.raises(ValueError, match="does not say which scene it shows; tokenize it without scene"):
+        main(config_for(folder, "unseen", scene="test_tokenize:Seer"))
 
 
 def test_an_entry_that_no_arm_has():

@@ -96,6 +96,25 @@ def test_the_state_of_the_arm_stands_before_the_actions(tmp_path):
     assert before != policy.look(_observation(0) | {"robot_obs": tiny_tokens.state_of(3)})[-1].ids
 
 
+def test_a_policy_says_what_it_sees_before_it_acts(tmp_path):
+    """The words are in the document before the actions, and in what is remembered; guesses from the last look change nothing."""
+    store = tiny_tokens.tiny_store(tmp_path / "tokens", shards=2, episodes_per_shard=2, felt=True)
+    folder = tiny_tokens.train(store.path, tmp_path / "run", steps=2, validation_fraction=0.5, scene_fraction=0.5)
+    policy, reference = Emu3Policy(folder, history=1), load(folder, dtype=torch.float32)
+    seen = _watch_states(policy)
+    policy.reset("go left")
+    past, text = [], Text(reference.text_tokenizer.encode("go left"))
+    for step in range(3):
+        observation = _observation(step) | {"robot_obs": tiny_tokens.state_of(step)}
+        looked = policy.look(observation)
+        decision = policy.infer(observation)
+        assert list(decision["scene"]) == ["speed", "missing", "odd"] and "describe" in decision["timing_s"]
+        said = Text(policy.scenes.ids(tiny_tokens.SCENE.numbers(list(decision["scene"].values()))))
+        expected = _state(reference, [text, *past, *looked, said])
+        torch.testing.assert_close(seen[-1], expected, atol=2e-4, rtol=1e-3)
+        past = [*looked, said, ActionChunk(decision["token_ids"])]
+
+
 @torch.no_grad()
 def _state(reference, document: list) -> torch.Tensor:
     document = [*document, ActionChunk([0])]
