@@ -12,7 +12,6 @@ Axes: B documents, L positions, P = B×L, N blocks, C codes of a block, H width 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +35,6 @@ class BlockEmu3Config(Emu3TextConfig):
     codes_per_block: int = 16
     num_places: int = 25  # block places over all images of a chunk
     code_dim: int = 64  # width of one code's embedding before a block's are merged
-    near_hidden: int = 0  # width of what is computed of each code and its neighbours in the block, alike at every place; 0: nothing
     block_hidden: int = 0  # width of what is computed of a block's codes together, beside their sum; 0: nothing
     hide_codes: float = 0.0  # share of the codes that a block shows as zeros in training, so that no single one is relied on
     depth_size: int = 128
@@ -113,29 +111,25 @@ class BlockEmbedding(nn.Module):
         super().__init__()
         self.hide = config.hide_codes
         self.codes = nn.Embedding(config.codebook_size, config.code_dim)
-        self.near = Neighbourhood(config.codes_per_block, config.code_dim, config.near_hidden)
         # One matrix over all codes of the block at once: each place within the block has its own part of it.
-        merged = config.codes_per_block * (config.code_dim + self.near.out)
-        self.merge = nn.Linear(merged, config.hidden_size, bias=False)
+        self.merge = nn.Linear(config.codes_per_block * config.code_dim, config.hidden_size, bias=False)
         self.places = nn.Embedding(config.num_places, config.hidden_size)
         # What several codes show together, an edge that crosses them or the place of a corner, is no sum over them.
         self.together = SquaredReluMlp(config.codes_per_block * config.code_dim, config.block_hidden, config.hidden_size)
         # Without it what is computed of a block outgrows where the block is.
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if self.together or self.near else None
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if self.together else None
 
     def forward(self, codes_NC: torch.Tensor, places_N: torch.Tensor) -> torch.Tensor:
-        shown_NCE = self._shown(self.codes(codes_NC))
-        merged_NH = self.merge(torch.cat([shown_NCE, self.near(shown_NCE)], dim=-1).flatten(1) if self.near else shown_NCE.flatten(1))
+        block_NE = self._shown(self.codes(codes_NC)).flatten(1)
+        merged_NH = self.merge(block_NE)
         if self.together:
-            merged_NH = merged_NH + self.together(shown_NCE.flatten(1))
-        if self.norm:
-            merged_NH = self.norm(merged_NH)
+            merged_NH = self.norm(merged_NH + self.together(block_NE))
         return merged_NH + self.places(places_N)
 
     @torch.no_grad()
     def balance(self, scale: float = 0.1) -> None:
         """Begin with what is shown and where it is in equal parts."""
-        if self.norm:
+        if self.together:
             self.norm.weight.fill_(scale)
             self.places.weight.normal_(0, scale)
 
@@ -154,28 +148,6 @@ class BlockEmbedding(nn.Module):
             return embedded_NCE
         shown_NC = torch.rand(embedded_NCE.shape[:2], device=embedded_NCE.device) >= self.hide
         return embedded_NCE * shown_NC[..., None]
-
-
-class Neighbourhood(nn.Module):
-    """What a code shows together with its neighbours, by the same weights at every place: (N, C, E) -> (N, C, out).
-
-    So what a thing looks like is learnt once, not once a place. A 3×3 convolution over a block's codes, zeros around them (a later block
-    must not be seen), and a layer behind it. Empty, and false, where its width is 0.
-    """
-
-    def __init__(self, codes_per_block: int, code_dim: int, hidden: int):
-        super().__init__()
-        self.side, self.out = math.isqrt(codes_per_block), hidden // 2
-        self.mlp = SquaredReluMlp(9 * code_dim, hidden, self.out)
-
-    def __bool__(self) -> bool:
-        return bool(self.mlp)
-
-    def forward(self, codes_NCE: torch.Tensor) -> torch.Tensor:
-        side = self.side
-        around = F.pad(codes_NCE.unflatten(1, (side, side)), (0, 0, 1, 1, 1, 1))
-        near = torch.cat([around[:, row : row + side, column : column + side] for row in range(3) for column in range(3)], dim=-1)
-        return self.mlp(near).flatten(1, 2)
 
 
 class SquaredReluMlp(nn.Module):

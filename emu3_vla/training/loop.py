@@ -65,7 +65,6 @@ class ModelSizes:
     max_position_embeddings: int = 2048
     block_size: int = 4  # a trunk position carries block_size² vision codes
     code_dim: int = 64
-    near_hidden: int = 0
     block_hidden: int = 512
     hide_codes: float = 0.0
     depth_size: int = 128
@@ -89,7 +88,7 @@ class ModelSizes:
 
     def plain_arguments(self) -> dict[str, Any]:
         """As keyword arguments of model.build_plain_config: without what blocks need."""
-        of_blocks = ("near_", "block_", "code_", "hide_", "depth_")
+        of_blocks = ("block_", "code_", "hide_", "depth_")
         return {name: value for name, value in self.arguments().items() if not name.startswith(of_blocks)}
 
 

@@ -178,8 +178,7 @@ def training_flops(model: BlockEmu3ForCausalLM, batch: Batch, chosen_blocks: int
     head = 2 * int((batch.targets_BL != IGNORE).sum()) * _matrix_weights(model.lm_head)
     if not isinstance(model, BlockEmu3ForCausalLM):
         return 3.0 * (attention + trunk + head)
-    codes_again = (batch.codes_NC.shape[1] - 1) * _matrix_weights(model.blocks.near)  # that part takes each code by itself
-    blocks = 2 * len(batch.codes_NC) * (_matrix_weights(model.blocks) + codes_again)
+    blocks = 2 * len(batch.codes_NC) * _matrix_weights(model.blocks)
     depth = 2 * chosen_blocks * batch.codes_NC.shape[1] * _matrix_weights(model.depth)
     return 3.0 * (attention + trunk + head + blocks + depth)
 
