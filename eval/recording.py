@@ -9,6 +9,7 @@ Entities:
   action/<component>/commanded, action/<component>/executed   in action units (0.02 m, 0.05 rad); executed is what the tool did
   chunk/predicted, chunk/executed     (steps, 7), in action units: a whole decision, and what the tool did while it was carried out; both
                                  stand at the step of the decision. A chunk that was cut short is executed as far as it went
+  world/said/<thing>             where the policy says that a thing is, as a box with that name; said/<number>, all that it says of the scene
   chunk/coefficients (frequencies, 7), chunk/entropy   DCT coefficients, and entropy of each token [nats], of that decision
   policy/<stage>_ms, policy/entropy (mean), policy/entropy_max, policy/clamped
   safety/<dimension>             by how much the guard changed an action, where it did
@@ -54,6 +55,8 @@ APPLICATION = "emu3-vla"
 COMPONENTS = ("dx", "dy", "dz", "rx", "ry", "rz", "gripper")
 FINGERS_OPEN_M = 0.08
 JPEG_QUALITY = 85
+SAID_HALF_SIZE_M = (0.05, 0.025, 0.025)
+SAID_COLORS = {"red": (255, 0, 0), "blue": (0, 0, 255), "pink": (255, 0, 255)}
 CAMERA_ENTITIES = {RGB_STATIC: "static", RGB_GRIPPER: "gripper"}
 _MOVED = 1e-6
 
@@ -137,6 +140,7 @@ class Recorder(Watcher):
             self._log("policy/clamped", rr.Scalars(float(answer["clipped"])))
             if answer["clipped"]:
                 self._event(f"{answer['clipped']} of the chunk's {actions.size} values clamped", rr.TextLogLevel.WARN)
+        self._say(answer.get("scene", {}))
         self._expect(answer.get("imagined", {}), self.step + len(actions))
 
     def guarded(self, events: list[SafetyEvent]) -> None:
@@ -206,6 +210,16 @@ class Recorder(Watcher):
             self.reported.add(task)
             asked = "" if task == attempt.task else ", which was not asked for"
             self._event(f"the oracle reports {task}{asked}", rr.TextLogLevel.INFO)
+
+    def _say(self, scene: dict[str, float]) -> None:
+        for name, value in scene.items():
+            self._log(f"said/{name}", rr.Scalars(value))
+        for thing in dict.fromkeys(name.removesuffix("_x") for name in scene if name.endswith("_x")):
+            place = [scene.get(f"{thing}_{axis}") for axis in "xyz"]
+            if None not in place:
+                turned = rr.RotationAxisAngle(axis=(0, 0, 1), radians=scene.get(f"{thing}_yaw", 0.0))
+                box = rr.Boxes3D(half_sizes=[SAID_HALF_SIZE_M], labels=[thing], colors=[SAID_COLORS.get(thing, (255, 255, 255))])
+                self._log(f"world/said/{thing}", box, rr.Transform3D(translation=place, rotation=turned))
 
     def _expect(self, imagined: dict[str, np.ndarray], step: int) -> None:
         unknown = sorted(set(imagined) - set(CAMERA_ENTITIES))
@@ -318,6 +332,7 @@ def blueprint(*, imagines: bool = False) -> rrb.Blueprint:
             ),
             name="Policy",
         ),
+        rrb.TimeSeriesView(name="What the policy says of the scene", contents=["said/**"]),
     )
     views = rrb.Horizontal(
         rrb.Spatial3DView(name="Scene", origin="world"),
