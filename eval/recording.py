@@ -9,7 +9,8 @@ Entities:
   action/<component>/commanded, action/<component>/executed   in action units (0.02 m, 0.05 rad); executed is what the tool did
   chunk/predicted, chunk/executed     (steps, 7), in action units: a whole decision, and what the tool did while it was carried out; both
                                  stand at the step of the decision. A chunk that was cut short is executed as far as it went
-  world/said/<thing>             where the policy says that a thing is, as a box with that name; said/<number>, all that it says of the scene
+  world/said/<thing>             where the policy says that a thing is, as a box with its name
+  said/<number>                  every number that the policy says of the scene
   chunk/coefficients (frequencies, 7), chunk/entropy   DCT coefficients, and entropy of each token [nats], of that decision
   policy/<stage>_ms, policy/entropy (mean), policy/entropy_max, policy/clamped
   safety/<dimension>             by how much the guard changed an action, where it did
