@@ -74,6 +74,23 @@ def text(vocabulary: Vocabulary, *, least: int = 1, longest: int | None = None) 
     return build
 
 
+def sentence(vocabulary: Vocabulary, ends: np.ndarray) -> Piece:
+    """Text ids until one of `ends`, int (n,), which is written too: an answer that ends with its only full stop."""
+    label = _text_ids(vocabulary)
+    allowed = np.ones(label.stop - label.start, bool) if label.mask is None else label.mask
+    is_end = np.isin(np.arange(label.start, label.stop), ends) & allowed
+    require(is_end.any(), "a sentence ends with one of some text ids, and none was given")
+    going, ending = (Ids(label.start, label.stop, mask) for mask in (allowed & ~is_end, is_end))
+
+    def build(builder: Builder, state: int) -> int:
+        loop = builder.state()
+        builder.link(state, loop)
+        builder.edge(loop, going, loop)
+        return builder.after(loop, ending)
+
+    return build
+
+
 def image(vocabulary: Vocabulary, rows: int, columns: int, name: str = "") -> Piece:
     """A whole image, from its begin token on. name: of a compact vocabulary's image."""
     return sequence(literal(*spell(OpenImage(name, rows, columns), vocabulary).tolist()), image_codes(vocabulary, rows, columns, name))

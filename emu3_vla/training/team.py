@@ -5,15 +5,20 @@ The loop asks its team for all that differs: which documents are this rank's, ho
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from transformers import Emu3ForCausalLM
 
+from emu3_vla import lora
 from emu3_vla.documents import IGNORE, Batch
+from emu3_vla.lora import LoraSettings
 from emu3_vla.model import BlockEmu3ForCausalLM
 from emu3_vla.training import figures as figures_of
 from emu3_vla.training import processes, sharded_state
@@ -25,6 +30,9 @@ from emu3_vla.training.sharded import ShardedAdamW, distribute
 from emu3_vla.training.sharded_state import ShardedSaver
 from emu3_vla.training.state import Saved, Saver
 from emu3_vla.vocabulary import CompactVocabulary
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def form(config: ParallelConfig) -> Replicas | Mesh:
@@ -41,6 +49,7 @@ class Replicas:
 
     sharing = 1
     device = torch.device("cpu")
+    _adapted: PeftModel | None = None
 
     def __init__(self):
         self.data_rank, self.data_count = processes.rank(), processes.count()
@@ -61,6 +70,10 @@ class Replicas:
         self._model, self._vocabulary = make(), vocabulary
         return self._model
 
+    def adapt(self, settings: LoraSettings) -> None:
+        """Let adapters of the model learn in its place."""
+        self._adapted = lora.attach(self._model, settings)
+
     def losses(self, batch: Batch, chosen: torch.Tensor, smoothing: float = 0.0) -> tuple[list[torch.Tensor], Figures]:
         """Summed loss of each kind, with gradient, and the same as figures, of this rank's part. See figures.losses."""
         return figures_of.losses(self._model, batch, chosen, smoothing)
@@ -71,6 +84,16 @@ class Replicas:
 
     def optimizer(self, config: OptimizerConfig, dtype: torch.dtype) -> FlatAdamW | ShardedAdamW:
         return FlatAdamW(self._model, config, dtype)
+
+    @contextmanager
+    def averaged_model(self, optimizer: FlatAdamW | ShardedAdamW) -> Iterator[BlockEmu3ForCausalLM | None]:
+        """Within, on the leading rank: the whole model with the averaged weights, adapters merged. None on the others. All ranks call."""
+        if processes.rank():
+            yield None
+            return
+        with optimizer.averaged():
+            # Merged in a copy: sums are rounded, so taking an adapter out again would not give back the same weights.
+            yield lora.merge(copy.deepcopy(self._adapted)) if self._adapted else self._model
 
     def saver(self, folder: Path, keep: int) -> Saver | ShardedSaver | None:
         """What writes this rank's states; None where others do."""
@@ -102,8 +125,19 @@ class Mesh(Replicas):
     def build(self, make, outline, vocabulary, dtype) -> BlockEmu3ForCausalLM:
         self._objective, self._model, context = distribute(lambda model: Objective(model, vocabulary), make, outline, self.ranks, dtype)
         self._objective.context = context
-        self._vocabulary = vocabulary
+        self._vocabulary, self._outline = vocabulary, outline
         return self._model
+
+    @contextmanager
+    def averaged_model(self, optimizer: ShardedAdamW) -> Iterator[BlockEmu3ForCausalLM | None]:
+        """On the CPU, in float32."""
+        weights = optimizer.whole_average(keep=processes.rank() == 0)
+        if processes.rank():
+            yield None
+            return
+        model = self._outline()
+        model.load_state_dict(weights)
+        yield model
 
     def losses(self, batch: Batch, chosen: torch.Tensor, smoothing: float = 0.0) -> tuple[list[torch.Tensor], Figures]:
         return self._objective(batch, chosen, smoothing)

@@ -18,6 +18,7 @@ import rank_scenes
 import tiny_tokens
 import torch
 from rank_scenes import contexts, over
+from recorded import rows
 from safetensors.torch import load_file
 
 from emu3_vla import cli
@@ -63,8 +64,9 @@ def _shapes(config: TrainConfig) -> dict[str, tuple[int, ...]]:
 def two_ranks(tiny_store, tmp_path_factory):
     """Runs of one rank and of two, and a disk that was full for one of two: folder, one rank's configuration, two ranks' ones."""
     folder = tmp_path_factory.mktemp("two")
-    one = _config(tiny_store, folder / "one", steps=6)
-    two = over(_config(tiny_store, folder / "fsdp", steps=6), fsdp=2)
+    options = {"steps": 6, "samples_every": 6, "samples": 1}
+    one = _config(tiny_store, folder / "one", **options)
+    two = over(_config(tiny_store, folder / "fsdp", **options), fsdp=2)
     loop.train(one)
     full = folder / "full"
     full.mkdir()
@@ -80,6 +82,18 @@ def test_two_ranks_that_share_one_model_learn_what_one_does(two_ranks):
     assert left.keys() == right.keys()
     for name, tensor in left.items():
         torch.testing.assert_close(right[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_two_ranks_sample_the_whole_model(two_ranks):
+    """The leading one writes what one rank alone does, with the averaged weights of both."""
+    _, one, two = two_ranks
+    left, right = (rows(Path(config.output_dir) / "samples" / "step-000006.rrd") for config in (one, two))
+    assert left.keys() == right.keys() and "act/0/action/dx/predicted" in left
+    for entity, ((step, value),) in left.items():
+        if entity.endswith(("codes_right", "error")):
+            assert right[entity][0] == (step, pytest.approx(value, abs=1e-6)), entity
+        else:
+            assert right[entity] == [(step, value)], entity
 
 
 def test_one_rank_takes_over_from_two(two_ranks):
