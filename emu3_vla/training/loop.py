@@ -192,14 +192,9 @@ class TrainConfig:
             return
         if self.processes > 1:
             raise ValueError(f"processes={self.processes} hold the whole model each; with parallel.* set parallel.dp instead")
-        alone = {
-            "lora_rank": self.lora_rank,
-            "preference.pairs": self.preference.pairs,
-            "optimizer.muon_learning_rate": self.optimizer.muon_learning_rate,
-        }
-        for name, value in alone.items():
-            if value:
-                raise ValueError(f"{name}={value} with parallel.*: that is for processes that hold the whole model (processes=...)")
+        for name, value in self.needs_whole_models().items():
+            if not parallel.copies_alone:
+                raise ValueError(f"{name}={value} with {parallel}: every rank must hold the whole model; use parallel.dp alone")
         if self.context and parallel.cp > 1:
             raise ValueError(f"context={self.context} with parallel.cp={parallel.cp}: rows of several documents are not shared by position")
         if self.batch_size % (parallel.dp * parallel.fsdp):
@@ -207,6 +202,15 @@ class TrainConfig:
                 f"batch_size={self.batch_size} is no multiple of parallel.dp × parallel.fsdp = {parallel.dp} × {parallel.fsdp}"
             )
         parallel.check_model(self.model.num_attention_heads, self.model.num_key_value_heads, self.model.intermediate_size)
+
+    def needs_whole_models(self) -> dict[str, Any]:
+        """Options that are set and for which every process holds the whole model, by name."""
+        options = {
+            "lora_rank": self.lora_rank,
+            "preference.pairs": self.preference.pairs,
+            "optimizer.muon_learning_rate": self.optimizer.muon_learning_rate,
+        }
+        return {name: value for name, value in options.items() if value}
 
     @property
     def lora(self) -> LoraSettings:
@@ -239,7 +243,7 @@ def train(config: TrainConfig) -> None:
     commit = _git_commit()  # of the code that is loaded now; the folder may change while it runs
     output, leads = Path(config.output_dir), processes.rank() == 0
     console = Console(quiet=not leads)
-    ours = team.form(config.parallel)
+    ours = team.form(config.parallel, whole=bool(config.needs_whole_models()))
     source = open_source(config.tokens, config.model.block_size)
     stream, held_out = preference.streams(config, source) if config.preference.pairs else source.streams(config)
 
@@ -274,8 +278,7 @@ def train(config: TrainConfig) -> None:
         while step < config.steps:
             model.train()
             batch, waited_s = next(batches)
-            if isinstance(batch, Batch):
-                batch = batch.to(ours.device)
+            batch = batch.to(ours.device)
             rate = config.optimizer.rate(step, config.steps)
             learned, norm, flops = _step(model, optimizer, batch, ours, step, rate, config)
             step += 1
@@ -367,10 +370,10 @@ def _validate(
     sums = Figures.zero()
     with optimizer.averaged():
         for batch in batches:
+            batch = batch.to(ours.device)
             if isinstance(batch, PairBatch):
                 part = preference.measured(model, batch, config.preference)
             else:
-                batch = batch.to(ours.device)
                 _, part = ours.losses(batch, torch.arange(len(batch.codes_NC), device=ours.device))
             sums.add(part)
     sums = sums.over_processes()

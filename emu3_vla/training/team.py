@@ -25,7 +25,7 @@ from emu3_vla.training import processes, sharded_state
 from emu3_vla.training.context import ContextParallel
 from emu3_vla.training.figures import VISION, Figures
 from emu3_vla.training.optimizer import FlatAdamW, OptimizerConfig
-from emu3_vla.training.parallel import ParallelConfig, Ranks
+from emu3_vla.training.parallel import ParallelConfig, Ranks, own_device
 from emu3_vla.training.sharded import ShardedAdamW, distribute
 from emu3_vla.training.sharded_state import ShardedSaver
 from emu3_vla.training.state import Saved, Saver
@@ -35,9 +35,19 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-def form(config: ParallelConfig) -> Replicas | Mesh:
-    """The team that this process belongs to. Raises ValueError where the processes are not as many as the mesh's ranks."""
-    return Mesh(config) if config.ranks > 1 else Replicas()
+def form(config: ParallelConfig, *, whole: bool = False) -> Replicas | Mesh:
+    """The team that this process belongs to. whole: every process must hold the whole model.
+
+    Raises ValueError where the processes are not as many as the mesh's ranks, or they share models that must be whole.
+    """
+    if config.ranks == 1:
+        return Replicas()
+    if not whole:
+        return Mesh(config)
+    if not config.copies_alone:
+        raise ValueError(f"{config} shares models over ranks, where each rank must hold a whole one: use parallel.dp alone")
+    config.check_started()
+    return Replicas(own_device())
 
 
 class Replicas:
@@ -48,10 +58,10 @@ class Replicas:
     """
 
     sharing = 1
-    device = torch.device("cpu")
     _adapted: PeftModel | None = None
 
-    def __init__(self):
+    def __init__(self, device: torch.device | None = None):
+        self.device = device or torch.device("cpu")
         self.data_rank, self.data_count = processes.rank(), processes.count()
         self.seed = self.data_rank
 
@@ -67,7 +77,7 @@ class Replicas:
         dtype: torch.dtype,  # noqa: ARG002 - FlatAdamW's to set
     ) -> BlockEmu3ForCausalLM:
         """The model. make: builds it with its weights. outline: builds it without. dtype: that it computes in."""
-        self._model, self._vocabulary = make(), vocabulary
+        self._model, self._vocabulary = make().to(self.device), vocabulary
         return self._model
 
     def adapt(self, settings: LoraSettings) -> None:
