@@ -77,7 +77,8 @@ def runs(tiny_store, tmp_path_factory):
     taken_over = (rank_scenes.copy_state, over(one, fsdp=2), folder / "from one")
     whole = _runs_of_whole_models(tiny_store, folder, Path(one.output_dir) / "policy")
     copies = {name: over(dataclasses.replace(run, output_dir=f"{run.output_dir} twice"), dp=2) for name, run in whole.items()}
-    scenes = [(rank_scenes.train, run) for run in (two, *copies.values())]
+    processes = dataclasses.replace(one, processes=2, output_dir=str(folder / "processes"), samples_every=0)
+    scenes = [(rank_scenes.train, run) for run in (two, processes, *copies.values())]
     rank_scenes.start(2, *scenes, (rank_scenes.full_disk, two, full), taken_over)
     for run in whole.values():
         loop.train(run)
@@ -124,6 +125,12 @@ def test_two_ranks_that_share_one_model_learn_what_one_does(two_ranks):
     assert left.keys() == right.keys()
     for name, tensor in left.items():
         torch.testing.assert_close(right[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_two_processes_that_hold_a_model_each_learn_what_one_does(two_ranks):
+    """The same data and weighting, so the same losses up to the order of sums; in float32, where that order matters least."""
+    folder, one, _ = two_ranks
+    _assert_learned_alike(one, dataclasses.replace(one, output_dir=str(folder / "processes")))
 
 
 def test_two_ranks_sample_the_whole_model(two_ranks):
