@@ -29,6 +29,7 @@ STATES = (ROBOT_OBS, SCENE_OBS)
 
 ACTION_DIM = 7
 """Relative Cartesian action: dx, dy, dz (unit 0.02 m), rotations about x, y, z (unit 0.05 rad), gripper (+1 open, -1 close)."""
+ACTION_COMPONENTS = ("dx", "dy", "dz", "rx", "ry", "rz", "gripper")
 MAX_RELATIVE_POSITION_M = 0.02
 MAX_RELATIVE_ROTATION_RAD = 0.05
 GRIPPER_OPEN, GRIPPER_CLOSE = 1.0, -1.0

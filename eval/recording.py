@@ -36,6 +36,7 @@ import rerun.blueprint as rrb
 from envs.calvin.scenes import LED, LIGHT_LINKS, LIGHT_OFF_RGBA, LIGHT_ON_RGBA, LIGHTBULB
 from envs.calvin.tasks import completed_tasks
 from envs.spec import (
+    ACTION_COMPONENTS,
     CONTROL_HZ,
     MAX_RELATIVE_POSITION_M,
     MAX_RELATIVE_ROTATION_RAD,
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
     from envs.calvin import CalvinEnv
 
 APPLICATION = "emu3-vla"
-COMPONENTS = ("dx", "dy", "dz", "rx", "ry", "rz", "gripper")
+COMPONENTS = ACTION_COMPONENTS
 FINGERS_OPEN_M = 0.08
 JPEG_QUALITY = 85
 SAID_HALF_SIZE_M = (0.05, 0.025, 0.025)

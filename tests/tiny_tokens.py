@@ -1,8 +1,10 @@
 """A tiny token store whose actions follow from its pictures and its instruction, so that a model can learn them in seconds."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
+import small_emu3
 import torch
 
 from action_tokenizer import ActionNormalizer, FastTokenizer
@@ -10,6 +12,7 @@ from emu3_vla.data.tokens import ACTION, NORMALIZER, TEXT, VISION, Asked, Tokeni
 from emu3_vla.number_words import NumberWords, StateWords
 from emu3_vla.text import TextTokenizer
 from emu3_vla.vision_tokenizer.light import LightConfig, LightTokenizer
+from emu3_vla.vocabulary import CODEBOOK_SIZE
 from envs.spec import RGB_GRIPPER, RGB_STATIC
 
 HORIZON, SPACING, FRAMES = 10, 5, 9
@@ -63,6 +66,28 @@ def tiny_store(
     for index, shard in enumerate(recorded):
         encode = text.encode if asked else None
         store.write_shard(index, [_tokenized(episode, index, action, normalizer, encode, about, felt) for episode in shard])
+    return store
+
+
+def emu3_store(folder: Path, codebook_size: int = CODEBOOK_SIZE) -> TokenStore:
+    """A store in Emu3's own ids: its form of text tokenizer, and as many codes."""
+    plain = tiny_store(folder / "plain", shards=2, episodes_per_shard=1)
+    target = folder / "emu3"
+    (target / TEXT).mkdir(parents=True)
+    small_emu3.write_tiktoken(target / TEXT)
+    shutil.copytree(plain.path / ACTION, target / ACTION)
+    shutil.copyfile(plain.path / NORMALIZER, target / NORMALIZER)
+    sizes = {RGB_STATIC: 32, RGB_GRIPPER: 32}
+    config = LightConfig(codebook_size=codebook_size, channels=(8, 8), encoder_blocks=(0, 0), decoder_blocks=(0, 0), image_sizes=sizes)
+    LightTokenizer(config).eval().save_pretrained(target / VISION)
+    metadata = {name: value for name, value in plain.metadata.items() if name != "hashes"}
+    metadata |= {"text_vocab_size": 151_643, "codebook_size": codebook_size, "grids": {RGB_STATIC: [4, 4], RGB_GRIPPER: [4, 4]}}
+    store = TokenStore.create(target, metadata)
+    for index in (0, 1):
+        (episode,) = plain.read_shard(index)
+        random = np.random.default_rng(index)
+        codes = {name: random.integers(0, codebook_size, (9, 4, 4)).astype(np.uint16) for name in ("static_codes", "gripper_codes")}
+        store.write_shard(index, [TokenizedEpisode(**{**vars(episode), **codes})])
     return store
 
 

@@ -8,8 +8,8 @@ Every step: a batch that depends on (seed, step) alone → summed losses per kin
 one clipped AdamW step → the weights' moving average. A run that was killed and started again ends with the same losses and weights as
 one that was not. Runs in `processes` processes of one thread each, or in those that torchrun started.
 
-Leaves in output_dir: policy/ (the checkpoint folder, averaged weights), metrics.jsonl, state/ (to resume), and adapter/ where adapters
-learnt.
+Leaves in output_dir: policy/ (the checkpoint folder, averaged weights), metrics.jsonl, state/ (to resume), samples/ where asked for, and
+adapter/ where adapters learnt.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import transformers
@@ -43,8 +43,11 @@ from emu3_vla.training.parallel import ParallelConfig
 from emu3_vla.training.preference import PairBatch, PreferenceConfig
 from emu3_vla.training.prefetch import prefetched
 from emu3_vla.training.sharded import ShardedAdamW
-from emu3_vla.training.source import Source, open_source
+from emu3_vla.training.source import Source, Stream, open_source
 from emu3_vla.training.telemetry import EXTRAS, Metrics, Pace, live_line, measured_peak, training_flops
+
+if TYPE_CHECKING:
+    from emu3_vla.training.samples import Sampler
 
 EXPORTS = ("last", "best")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -123,6 +126,8 @@ class TrainConfig:
     checkpoint_every: int = 200
     keep_states: int = 1  # of the newest, beside the best: that with the least held-out loss of actions
     export: str = "last"  # which weights become the policy: last, or best
+    samples_every: int = 0  # steps, after which the averaged weights write into held-out documents, in samples/; 0: never
+    samples: int = 4  # such documents, of each kind that is trained on
     log_every: int = 10
     log_to: tuple[str, ...] = ()  # beside metrics.jsonl: tensorboard, wandb
     model: ModelSizes = field(default_factory=ModelSizes)
@@ -132,14 +137,18 @@ class TrainConfig:
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)  # ranks that share one model; see docs/scaling.md
 
-    RESUMES_WITH: ClassVar[tuple[str, ...]] = ("parallel",)
+    RESUMES_WITH: ClassVar[tuple[str, ...]] = ("parallel", "samples_every", "samples")
     """Options that may be others when a run goes on."""
 
     def __post_init__(self):
-        positive = ("steps", "batch_size", "chunks", "questions", "processes", "validation_documents")
+        positive = ("steps", "batch_size", "chunks", "questions", "processes", "validation_documents", "samples")
         for name in (*positive, "validate_every", "checkpoint_every", "log_every", "keep_states"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.samples_every < 0:
+            raise ValueError(f"samples_every is {self.samples_every}, expected steps, or 0 for no samples")
+        if self.samples_every and self.preference.pairs:
+            raise ValueError(f"samples_every={self.samples_every} writes into held-out documents, and preference.pairs has pairs instead")
         if self.precision not in DTYPES:
             raise ValueError(f"precision is {self.precision!r}, expected one of {', '.join(DTYPES)}")
         if self.lora_rank and not self.init_from:
@@ -187,14 +196,9 @@ class TrainConfig:
             return
         if self.processes > 1:
             raise ValueError(f"processes={self.processes} hold the whole model each; with parallel.* set parallel.dp instead")
-        alone = {
-            "lora_rank": self.lora_rank,
-            "preference.pairs": self.preference.pairs,
-            "optimizer.muon_learning_rate": self.optimizer.muon_learning_rate,
-        }
-        for name, value in alone.items():
-            if value:
-                raise ValueError(f"{name}={value} with parallel.*: that is for processes that hold the whole model (processes=...)")
+        for name, value in self.needs_whole_models().items():
+            if not parallel.copies_alone:
+                raise ValueError(f"{name}={value} with {parallel}: every rank must hold the whole model; use parallel.dp alone")
         if self.context and parallel.cp > 1:
             raise ValueError(f"context={self.context} with parallel.cp={parallel.cp}: rows of several documents are not shared by position")
         if self.batch_size % (parallel.dp * parallel.fsdp):
@@ -202,6 +206,15 @@ class TrainConfig:
                 f"batch_size={self.batch_size} is no multiple of parallel.dp × parallel.fsdp = {parallel.dp} × {parallel.fsdp}"
             )
         parallel.check_model(self.model.num_attention_heads, self.model.num_key_value_heads, self.model.intermediate_size)
+
+    def needs_whole_models(self) -> dict[str, Any]:
+        """Options that are set and for which every process holds the whole model, by name."""
+        options = {
+            "lora_rank": self.lora_rank,
+            "preference.pairs": self.preference.pairs,
+            "optimizer.muon_learning_rate": self.optimizer.muon_learning_rate,
+        }
+        return {name: value for name, value in options.items() if value}
 
     @property
     def lora(self) -> LoraSettings:
@@ -235,14 +248,14 @@ def train(config: TrainConfig) -> None:
     commit = _git_commit()  # of the code that is loaded now; the folder may change while it runs
     output, leads = Path(config.output_dir), processes.rank() == 0
     console = Console(quiet=not leads)
-    ours = team.form(config.parallel)
+    ours = team.form(config.parallel, whole=bool(config.needs_whole_models()))
     source = open_source(config.tokens, config.model.block_size)
     stream, held_out = preference.streams(config, source) if config.preference.pairs else source.streams(config)
 
     dtype = DTYPES[config.precision]
     model = ours.build(lambda: _new_model(config, source), lambda: outline(config, source), source.vocabulary, dtype)
     if config.lora_rank:
-        lora.attach(model, config.lora)
+        ours.adapt(config.lora)
     optimizer = ours.optimizer(config.optimizer, dtype)
     if config.preference.pairs:
         preference.measure_reference(model, stream, held_out)  # before a saved state replaces the weights that training started from
@@ -250,6 +263,7 @@ def train(config: TrainConfig) -> None:
     step = sharded_state.load(output / "state", optimizer)
     saver = ours.saver(output / "state", config.keep_states)
     output.mkdir(parents=True, exist_ok=True)
+    sampler = _sampler(config, held_out, source) if config.samples_every and leads else None
     metrics = Metrics(output, step, leads=leads, extras=config.log_to, config=dataclasses.asdict(config))
     pace = Pace(ours.data_count, measured_peak(dtype, ours.device))
     if config.recompute_activations:
@@ -269,8 +283,7 @@ def train(config: TrainConfig) -> None:
         while step < config.steps:
             model.train()
             batch, waited_s = next(batches)
-            if isinstance(batch, Batch):
-                batch = batch.to(ours.device)
+            batch = batch.to(ours.device)
             rate = config.optimizer.rate(step, config.steps)
             learned, norm, flops = _step(model, optimizer, batch, ours, step, rate, config)
             step += 1
@@ -296,6 +309,12 @@ def train(config: TrainConfig) -> None:
                 measured = _validate(model, optimizer, validation, ours, config)
                 metrics({"step": step, "validation": measured})
                 console.print(f"step {step} held out: {live_line(measured)}", soft_wrap=True)
+                pace.start()
+            if config.samples_every and (step % config.samples_every == 0 or step == config.steps):
+                # Before this step's state is saved: whoever goes on from it has its samples already.
+                with ours.averaged_model(optimizer) as averaged:
+                    if sampler:
+                        console.print(f"step {step} samples: {sampler.write(step, averaged.eval())}", soft_wrap=True)
                 pace.start()
             if saver and (measured or step % config.checkpoint_every == 0):
                 saver.save(step, optimizer, measured)
@@ -356,14 +375,20 @@ def _validate(
     sums = Figures.zero()
     with optimizer.averaged():
         for batch in batches:
+            batch = batch.to(ours.device)
             if isinstance(batch, PairBatch):
                 part = preference.measured(model, batch, config.preference)
             else:
-                batch = batch.to(ours.device)
                 _, part = ours.losses(batch, torch.arange(len(batch.codes_NC), device=ours.device))
             sums.add(part)
     sums = sums.over_processes()
     return _rounded(sums.means() | {"loss": sums.total(config.loss)})
+
+
+def _sampler(config: TrainConfig, held_out: Stream, source: Source) -> Sampler:
+    from emu3_vla.training.samples import Sampler  # Rerun takes a while to import
+
+    return Sampler(Path(config.output_dir) / "samples", held_out.shown(config.samples), source)
 
 
 def _export(

@@ -14,7 +14,7 @@ import numpy as np
 
 from emu3_vla.documents import Batch, Segment, length_of, pack, plan_rows
 from emu3_vla.training.kinds import KINDS, Anchor, Material, anchors_of, write
-from emu3_vla.training.stream import numbers_between
+from emu3_vla.training.stream import numbers_between, of_all_tasks
 
 POOL_STEPS, POOL_DOCUMENTS = 16, 4096
 """A pool is so many steps, or as few as hold so many documents."""
@@ -96,6 +96,16 @@ class MixtureStream:
         rows, _ = self._packed(documents)
         groups = [rows[start : start + self._rows] for start in range(0, len(rows), self._rows)]
         return [pack(group, self._material.vocabulary, self._context, trim=True) for group in groups]
+
+    def shown(self, count: int) -> dict[str, list[Segment]]:
+        """Up to `count` documents of each kind, by name, of all tasks in turn, always the same: for people to look at."""
+        documents, episodes = {}, self._material.episodes
+        for kind, anchors in self._anchors.items():
+            random = np.random.default_rng((self._seed, 4, list(KINDS).index(kind)))
+            chosen = of_all_tasks([(episodes[anchor.episode], anchor.frames) for anchor in anchors], count, self._seed)
+            written = [write(kind, self._material, anchors[number], random) for number in chosen]
+            documents |= {f"{kind}/{number}": document for number, document in enumerate(written)}
+        return documents
 
     def _planned(self, pool: int) -> list[list[list[Segment]]]:
         """Rows of documents of all steps of a pool."""

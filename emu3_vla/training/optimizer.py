@@ -175,7 +175,7 @@ class FlatAdamW:
         for number, group in enumerate(self._adamw.param_groups):
             prefix = f"adamw.{number}."
             moments = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-            self._adamw.state[group["params"][0]] = moments
+            self._adamw.state[group["params"][0]] = {name: value.to(self.master.device) for name, value in moments.items()}
 
     def load_named(self, tensors: dict[str, list[torch.Tensor]], taken: int) -> None:
         """Restore master, average, exp_avg and exp_avg_sq, each a tensor a parameter in the order of `names`, after so many steps."""

@@ -41,6 +41,24 @@ class ParallelConfig:
         """How many there must be."""
         return math.prod(getattr(self, axis) for axis in AXES)
 
+    def __str__(self) -> str:
+        """The axes of more than one rank, as options."""
+        return ", ".join(f"parallel.{axis}={getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1)
+
+    @property
+    def copies_alone(self) -> bool:
+        """Whether no rank shares its model with another."""
+        return self.ranks == self.dp
+
+    def check_started(self) -> None:
+        """Raises ValueError where other than so many processes were started."""
+        if dist.get_world_size() != self.ranks:
+            sizes = ", ".join(f"parallel.{axis}={getattr(self, axis)}" for axis in AXES)
+            raise ValueError(
+                f"{dist.get_world_size()} processes were started, but {sizes} are {self.ranks} ranks; "
+                f"start torchrun with {self.ranks} processes in all, or change a size"
+            )
+
     def check_model(self, heads: int, key_value_heads: int, intermediate_size: int) -> None:
         """Raises ValueError where tp does not divide the trunk's layers."""
         sizes = {"num_attention_heads": heads, "num_key_value_heads": key_value_heads, "intermediate_size": intermediate_size}
@@ -53,12 +71,7 @@ class Ranks:
     """This rank's place in the mesh, and the meshes that each part of the work is done over. One per process, all at once."""
 
     def __init__(self, config: ParallelConfig):
-        if dist.get_world_size() != config.ranks:
-            sizes = ", ".join(f"parallel.{axis}={getattr(config, axis)}" for axis in AXES)
-            raise ValueError(
-                f"{dist.get_world_size()} processes were started, but {sizes} are {config.ranks} ranks; "
-                f"start torchrun with {config.ranks} processes in all, or change a size"
-            )
+        config.check_started()
         self.config, self.world = config, config.ranks
         self.device = own_device()
         sizes = [getattr(config, axis) for axis in AXES]

@@ -11,10 +11,9 @@ Source: Rafailov et al., arXiv 2305.18290, equation 7; Emu3 (Nature 2026), cross
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -72,6 +71,9 @@ class PairBatch:
     @property
     def positions(self) -> int:
         return self.batch.positions
+
+    def to(self, device: torch.device | str) -> PairBatch:
+        return replace(self, batch=self.batch.to(device), side_of_D=self.side_of_D.to(device), reference_Q2=self.reference_Q2.to(device))
 
 
 class PairStream:
@@ -148,7 +150,7 @@ def measure_reference(model: Model, *pair_streams: PairStream) -> None:
         numbers = list(range(processes.rank(), len(stream), processes.count()))
         for start in range(0, len(numbers), REFERENCE_PAIRS):
             part = numbers[start : start + REFERENCE_PAIRS]
-            reference[part] = _written(model, stream.of(part, len(part)))[0]
+            reference[part] = _written(model, stream.of(part, len(part)).to(model.device))[0].cpu()
         stream.reference_Q2 = processes.summed(reference)
     model.train(was_training)
 
@@ -168,7 +170,7 @@ def measured(model: Model, pairs: PairBatch, config: PreferenceConfig) -> Figure
 def _preferred(model: Model, pairs: PairBatch, config: PreferenceConfig) -> tuple[torch.Tensor, torch.Tensor, Figures]:
     """log π of both sides, (Q, 2), and the loss of each pair, (Q,), with gradient; and figures."""
     logs_Q2, figures = _written(model, pairs)
-    gains_Q2 = logs_Q2 - pairs.reference_Q2.to(logs_Q2.device)
+    gains_Q2 = logs_Q2 - pairs.reference_Q2
     margins_Q = config.beta * (gains_Q2[:, CHOSEN] - gains_Q2[:, REJECTED])
     preference = -F.logsigmoid(margins_Q)
     sums = [preference.sum(), (margins_Q > 0).sum(), margins_Q.sum(), torch.tensor(len(margins_Q))]
@@ -186,18 +188,19 @@ def _written(model: Model, pairs: PairBatch) -> tuple[torch.Tensor, Figures]:
     kinds_M = batch.kinds_BL.flatten()[at].long()
     sides_M = pairs.side_of_D[batch.document_at(at.cpu().numpy())]
     logs = torch.zeros(2 * len(pairs.reference_Q2), device=states_PH.device).index_add(0, sides_M, -token_losses_M)
-    figures = Figures.zero()
+    figures = Figures.zero()  # on the CPU
     chosen = sides_M % 2 == CHOSEN
-    figures.tokens += torch.bincount(kinds_M[chosen], minlength=len(KINDS)).double()
-    figures.loss.index_add_(0, kinds_M[chosen], token_losses_M.detach()[chosen].double())
-    figures.hits.index_add_(0, kinds_M[chosen], right_M[chosen].double())
+    kinds, losses, right = (part[chosen].detach().cpu() for part in (kinds_M, token_losses_M, right_M))
+    figures.tokens += torch.bincount(kinds, minlength=len(KINDS)).double()
+    figures.loss.index_add_(0, kinds, losses.double())
+    figures.hits.index_add_(0, kinds, right.double())
     figures.hits[[kind not in HIT_KINDS for kind in KINDS]] = 0
-    written = torch.from_numpy(np.flatnonzero(batch.block_weights_N.cpu().numpy() > 0))
+    written = (batch.block_weights_N > 0).nonzero().squeeze(1)
     if len(written):
         block_losses_N = block_losses(model, states_PH, batch, written).sum(1)
         sides_N = pairs.side_of_D[batch.document_at(batch.block_at_N[written].cpu().numpy())]
         logs = logs.index_add(0, sides_N, -block_losses_N)
         of_chosen = sides_N % 2 == CHOSEN
-        figures.loss[VISION] += block_losses_N.detach()[of_chosen].sum().double()
-        figures.tokens[VISION] += of_chosen.sum() * batch.codes_NC.shape[1]
+        figures.loss[VISION] += block_losses_N.detach()[of_chosen].sum().double().cpu()
+        figures.tokens[VISION] += of_chosen.sum().cpu() * batch.codes_NC.shape[1]
     return logs.view(-1, 2), figures

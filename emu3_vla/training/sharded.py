@@ -101,7 +101,7 @@ class ShardedAdamW:
     """
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, ranks: Ranks):
-        self.config, self._ranks = config, ranks
+        self.config, self._ranks, self._model = config, ranks, model
         decayed, others = split_decayed(model)
         self._parameters: list[DTensor] = [*decayed.values(), *others.values()]
         self.names = [*decayed, *others]
@@ -153,6 +153,17 @@ class ShardedAdamW:
             yield
         finally:
             self._swap()
+
+    def whole_average(self, *, keep: bool) -> dict[str, torch.Tensor]:
+        """Averaged weights of the whole model by name, float32, on the CPU, where `keep` is set; frozen ones as is. All ranks call."""
+        average = dict(zip(map(id, self._parameters), self._average, strict=True))
+        whole = {}
+        for name, parameter in self._model.named_parameters():
+            learnt = average.get(id(parameter))
+            gathered = (parameter.detach() if learnt is None else _like(parameter, learnt)).full_tensor()
+            if keep:
+                whole[name] = gathered.cpu()
+        return whole
 
     def state(self) -> dict[str, torch.Tensor]:
         """All that a resumed run needs beside `taken`, by "kind.name": distributed tensors that share memory with this optimiser's."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Protocol
 
 import numpy as np
@@ -143,6 +144,20 @@ class DocumentStream:
             draws += [[replace(draw, questions=self._some_questions(draw.anchor, random), seen=False) for draw in group] for group in draws]
         return [collate([self._document(draw) for draw in group], self._vocabulary) for group in draws]
 
+    def shown(self, count: int) -> dict[str, list[Segment]]:
+        """Up to `count` documents that act, by name, of all tasks in turn, always the same: for people to look at.
+
+        Where questions are trained on, the same frames are asked too.
+        """
+        places = [(self._episodes[anchor.episode], anchor.frames) for anchor in self._anchors]
+        chosen = of_all_tasks(places, count, self._seed)
+        documents = {f"act/{number}": self._document(_Draw(anchor)) for number, anchor in enumerate(chosen)}
+        if self._asked_fraction:
+            random = np.random.default_rng((self._seed, 4))
+            asked = [_Draw(anchor, questions=self._some_questions(anchor, random)) for anchor in chosen]
+            documents |= {f"ask/{number}": self._document(draw) for number, draw in enumerate(asked)}
+        return documents
+
     def _plan(self, step: int) -> list[_Draw]:
         """Every document of the batch of `step`."""
         pool, slot = divmod(step, POOL_STEPS)
@@ -238,6 +253,22 @@ def documents_of(episode: TokenizedEpisode, chunks: int, horizon: int, disturbed
         if disturbed or any(episode.chunk_imitate[frame] for frame in frames):
             documents.append(tuple(frames))
     return documents
+
+
+def of_all_tasks(places: Sequence[tuple[TokenizedEpisode, tuple[int, ...]]], count: int, seed: int) -> list[int]:
+    """Up to `count` of these documents (episode and frames of each), one of each task in turn; their numbers.
+
+    They are among the longest, and where there are some, among those whose last chunk but one, before the last images, is demonstrated.
+    """
+    most = max(len(frames) for _, frames in places)
+    longest = [number for number, (_, frames) in enumerate(places) if len(frames) == most]
+    before_last = max(0, most - 2)
+    demonstrated = [number for number in longest if places[number][0].chunk_imitate[places[number][1][before_last]]]
+    by_task: dict[str, list[int]] = {}
+    for number in np.random.default_rng((seed, 5)).permutation(demonstrated or longest).tolist():
+        by_task.setdefault(places[number][0].task, []).append(number)
+    turns = [number for turn in zip_longest(*(by_task[task] for task in sorted(by_task))) for number in turn if number is not None]
+    return turns[:count]
 
 
 def numbers_between(first: int, last: int, count: int, key: tuple[int, ...]) -> np.ndarray:

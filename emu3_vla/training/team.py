@@ -5,31 +5,49 @@ The loop asks its team for all that differs: which documents are this rank's, ho
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from transformers import Emu3ForCausalLM
 
+from emu3_vla import lora
 from emu3_vla.documents import IGNORE, Batch
+from emu3_vla.lora import LoraSettings
 from emu3_vla.model import BlockEmu3ForCausalLM
 from emu3_vla.training import figures as figures_of
 from emu3_vla.training import processes, sharded_state
 from emu3_vla.training.context import ContextParallel
 from emu3_vla.training.figures import VISION, Figures
 from emu3_vla.training.optimizer import FlatAdamW, OptimizerConfig
-from emu3_vla.training.parallel import ParallelConfig, Ranks
+from emu3_vla.training.parallel import ParallelConfig, Ranks, own_device
 from emu3_vla.training.sharded import ShardedAdamW, distribute
 from emu3_vla.training.sharded_state import ShardedSaver
 from emu3_vla.training.state import Saved, Saver
 from emu3_vla.vocabulary import CompactVocabulary
 
+if TYPE_CHECKING:
+    from peft import PeftModel
 
-def form(config: ParallelConfig) -> Replicas | Mesh:
-    """The team that this process belongs to. Raises ValueError where the processes are not as many as the mesh's ranks."""
-    return Mesh(config) if config.ranks > 1 else Replicas()
+
+def form(config: ParallelConfig, *, whole: bool = False) -> Replicas | Mesh:
+    """The team that this process belongs to. whole: every process must hold the whole model.
+
+    Raises ValueError where the processes are not as many as the mesh's ranks, or they share models that must be whole.
+    """
+    if config.ranks == 1:
+        return Replicas()
+    if not whole:
+        return Mesh(config)
+    if not config.copies_alone:
+        raise ValueError(f"{config} shares models over ranks, where each rank must hold a whole one: use parallel.dp alone")
+    config.check_started()
+    return Replicas(own_device())
 
 
 class Replicas:
@@ -40,9 +58,10 @@ class Replicas:
     """
 
     sharing = 1
-    device = torch.device("cpu")
+    _adapted: PeftModel | None = None
 
-    def __init__(self):
+    def __init__(self, device: torch.device | None = None):
+        self.device = device or torch.device("cpu")
         self.data_rank, self.data_count = processes.rank(), processes.count()
         self.seed = self.data_rank
 
@@ -58,8 +77,12 @@ class Replicas:
         dtype: torch.dtype,  # noqa: ARG002 - FlatAdamW's to set
     ) -> BlockEmu3ForCausalLM:
         """The model. make: builds it with its weights. outline: builds it without. dtype: that it computes in."""
-        self._model, self._vocabulary = make(), vocabulary
+        self._model, self._vocabulary = make().to(self.device), vocabulary
         return self._model
+
+    def adapt(self, settings: LoraSettings) -> None:
+        """Let adapters of the model learn in its place."""
+        self._adapted = lora.attach(self._model, settings)
 
     def losses(self, batch: Batch, chosen: torch.Tensor, smoothing: float = 0.0) -> tuple[list[torch.Tensor], Figures]:
         """Summed loss of each kind, with gradient, and the same as figures, of this rank's part. See figures.losses."""
@@ -71,6 +94,16 @@ class Replicas:
 
     def optimizer(self, config: OptimizerConfig, dtype: torch.dtype) -> FlatAdamW | ShardedAdamW:
         return FlatAdamW(self._model, config, dtype)
+
+    @contextmanager
+    def averaged_model(self, optimizer: FlatAdamW | ShardedAdamW) -> Iterator[BlockEmu3ForCausalLM | None]:
+        """Within, on the leading rank: the whole model with the averaged weights, adapters merged. None on the others. All ranks call."""
+        if processes.rank():
+            yield None
+            return
+        with optimizer.averaged():
+            # Merged in a copy: sums are rounded, so taking an adapter out again would not give back the same weights.
+            yield lora.merge(copy.deepcopy(self._adapted)) if self._adapted else self._model
 
     def saver(self, folder: Path, keep: int) -> Saver | ShardedSaver | None:
         """What writes this rank's states; None where others do."""
@@ -102,8 +135,19 @@ class Mesh(Replicas):
     def build(self, make, outline, vocabulary, dtype) -> BlockEmu3ForCausalLM:
         self._objective, self._model, context = distribute(lambda model: Objective(model, vocabulary), make, outline, self.ranks, dtype)
         self._objective.context = context
-        self._vocabulary = vocabulary
+        self._vocabulary, self._outline = vocabulary, outline
         return self._model
+
+    @contextmanager
+    def averaged_model(self, optimizer: ShardedAdamW) -> Iterator[BlockEmu3ForCausalLM | None]:
+        """On the CPU, in float32."""
+        weights = optimizer.whole_average(keep=processes.rank() == 0)
+        if processes.rank():
+            yield None
+            return
+        model = self._outline()
+        model.load_state_dict(weights)
+        yield model
 
     def losses(self, batch: Batch, chosen: torch.Tensor, smoothing: float = 0.0) -> tuple[list[torch.Tensor], Figures]:
         return self._objective(batch, chosen, smoothing)

@@ -6,14 +6,13 @@ import shutil
 
 import numpy as np
 import pytest
-import small_emu3
 import tiny_tokens
 import torch
 from transformers import Emu3ForCausalLM
 
 from emu3_vla import checkpoint
 from emu3_vla.checkpoint import load
-from emu3_vla.data.tokens import ACTION, NORMALIZER, TEXT, VISION, TokenizedEpisode, TokenStore
+from emu3_vla.data.tokens import ACTION, NORMALIZER, TEXT, VISION, TokenStore
 from emu3_vla.documents import IGNORE, Image, Text, pack
 from emu3_vla.emu3_text import Emu3TextTokenizer
 from emu3_vla.model import PlainEmu3ForCausalLM
@@ -25,7 +24,7 @@ from emu3_vla.training.mixture import MixtureConfig
 from emu3_vla.training.prefetch import prefetched
 from emu3_vla.training.source import open_source
 from emu3_vla.vision_tokenizer.light import LightConfig, LightTokenizer
-from emu3_vla.vocabulary import CODEBOOK_SIZE, CompactVocabulary, Emu3Vocabulary, ImageGrid, VocabularyError
+from emu3_vla.vocabulary import CompactVocabulary, Emu3Vocabulary, ImageGrid, VocabularyError
 from envs.spec import RGB_GRIPPER, RGB_STATIC
 
 
@@ -92,30 +91,8 @@ def test_stretching_is_linear():
     assert stretched[:, 0].tolist() == [0, 0, 0.25, 0.25, 0.75, 0.75, 1, 1]
 
 
-def _emu3_store(folder, codebook_size: int = CODEBOOK_SIZE) -> TokenStore:
-    """A store in Emu3's own ids: its form of text tokenizer, and as many codes."""
-    plain = tiny_tokens.tiny_store(folder / "plain", shards=2, episodes_per_shard=1)
-    target = folder / "emu3"
-    (target / TEXT).mkdir(parents=True)
-    small_emu3.write_tiktoken(target / TEXT)
-    shutil.copytree(plain.path / ACTION, target / ACTION)
-    shutil.copyfile(plain.path / NORMALIZER, target / NORMALIZER)
-    sizes = {RGB_STATIC: 32, RGB_GRIPPER: 32}
-    config = LightConfig(codebook_size=codebook_size, channels=(8, 8), encoder_blocks=(0, 0), decoder_blocks=(0, 0), image_sizes=sizes)
-    LightTokenizer(config).eval().save_pretrained(target / VISION)
-    metadata = {name: value for name, value in plain.metadata.items() if name != "hashes"}
-    metadata |= {"text_vocab_size": 151_643, "codebook_size": codebook_size, "grids": {RGB_STATIC: [4, 4], RGB_GRIPPER: [4, 4]}}
-    store = TokenStore.create(target, metadata)
-    for index in (0, 1):
-        (episode,) = plain.read_shard(index)
-        random = np.random.default_rng(index)
-        codes = {name: random.integers(0, codebook_size, (9, 4, 4)).astype(np.uint16) for name in ("static_codes", "gripper_codes")}
-        store.write_shard(index, [TokenizedEpisode(**{**vars(episode), **codes})])
-    return store
-
-
 def test_emu3s_own_vocabulary_trains_through_the_same_loop(tmp_path):
-    store = _emu3_store(tmp_path)
+    store = tiny_tokens.emu3_store(tmp_path)
     assert isinstance(store.tokenizers().text, Emu3TextTokenizer)
     sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     loss = LossConfig(mean_over="token", vision_weight=0.5, text_weight=1, special_weight=1, vision_loss_fraction=0.5)
@@ -153,7 +130,7 @@ def test_codes_of_the_head_are_thinned(tmp_path):
 
 
 def test_emu3s_text_with_other_codes_is_refused(tmp_path):
-    store = _emu3_store(tmp_path, codebook_size=64)
+    store = tiny_tokens.emu3_store(tmp_path, codebook_size=64)
     with pytest.raises(VocabularyError, match="Emu3's text tokenizer, 64 codes, and model.block_size=4; Emu3's vocabulary has 32768"):
         open_source(str(store.path), 4)
 

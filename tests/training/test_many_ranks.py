@@ -13,20 +13,25 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import rank_scenes
 import tiny_tokens
 import torch
 from rank_scenes import contexts, over
+from recorded import rows
 from safetensors.torch import load_file
 
 from emu3_vla import cli
-from emu3_vla.documents import IGNORE
+from emu3_vla.data.pairs import Pair, PairStore, Written
+from emu3_vla.data.tokens import hashes
+from emu3_vla.documents import IGNORE, ActionChunk, Begin, Image, Text
 from emu3_vla.training import loop, sharded_state, state, team
 from emu3_vla.training.figures import LossConfig
 from emu3_vla.training.loop import TrainConfig
-from emu3_vla.training.optimizer import FlatAdamW
+from emu3_vla.training.optimizer import FlatAdamW, OptimizerConfig
 from emu3_vla.training.parallel import ParallelConfig
+from emu3_vla.training.preference import PreferenceConfig
 from emu3_vla.training.source import open_source
 
 TIMINGS = ("chunks_per_s", "positions_per_s", "step_s", "data_wait", "of_peak", "memory_gb")
@@ -60,17 +65,57 @@ def _shapes(config: TrainConfig) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tiny_store, tmp_path_factory):
-    """Runs of one rank and of two, and a disk that was full for one of two: folder, one rank's configuration, two ranks' ones."""
+def runs(tiny_store, tmp_path_factory):
+    """All that two ranks do in the fast tests, as they take seconds to start; and what one rank does beside them."""
     folder = tmp_path_factory.mktemp("two")
-    one = _config(tiny_store, folder / "one", steps=6)
-    two = over(_config(tiny_store, folder / "fsdp", steps=6), fsdp=2)
+    options = {"steps": 6, "samples_every": 6, "samples": 1}
+    one = _config(tiny_store, folder / "one", **options)
+    two = over(_config(tiny_store, folder / "fsdp", **options), fsdp=2)
     loop.train(one)
     full = folder / "full"
     full.mkdir()
     taken_over = (rank_scenes.copy_state, over(one, fsdp=2), folder / "from one")
-    rank_scenes.start(2, (rank_scenes.train, two), (rank_scenes.full_disk, two, full), taken_over)
-    return folder, one, two
+    whole = _runs_of_whole_models(tiny_store, folder, Path(one.output_dir) / "policy")
+    copies = {name: over(dataclasses.replace(run, output_dir=f"{run.output_dir} twice"), dp=2) for name, run in whole.items()}
+    processes = dataclasses.replace(one, processes=2, output_dir=str(folder / "processes"), samples_every=0)
+    scenes = [(rank_scenes.train, run) for run in (two, processes, *copies.values())]
+    rank_scenes.start(2, *scenes, (rank_scenes.full_disk, two, full), taken_over)
+    for run in whole.values():
+        loop.train(run)
+    return folder, one, two, whole, copies
+
+
+@pytest.fixture(scope="module")
+def two_ranks(runs):
+    """Runs of one rank and of two, and a disk that was full for one of two: folder, one rank's configuration, two ranks' ones."""
+    return runs[:3]
+
+
+WHOLE = ("muon", "adapters", "pairs")
+
+
+def _runs_of_whole_models(store, folder: Path, policy: Path) -> dict[str, TrainConfig]:
+    """Runs whose ranks must hold the whole model each, for one rank."""
+    given = {"steps": 4, "init_from": str(policy)}
+    options = {
+        "muon": {"steps": 4, "optimizer": OptimizerConfig(warmup_steps=2, muon_learning_rate=0.02)},
+        "adapters": {**given, "lora_rank": 4, "samples_every": 4, "samples": 1},
+        "pairs": {**given, "context": 96, "preference": PreferenceConfig(pairs=str(_pairs(store, folder / "pair store")))},
+    }
+    return {name: _config(store, folder / name, **options[name]) for name in WHOLE}
+
+
+def _pairs(store, folder: Path) -> Path:
+    """Two chunks after one look each, one of them preferred."""
+    vocabulary = open_source(str(store.path), 4).vocabulary
+    random, pairs = np.random.default_rng(0), []
+    for _ in range(12):
+        images = [Image(grid.name, random.integers(0, 32, (grid.rows, grid.columns))) for grid in vocabulary.images]
+        shown = [Begin(), Text(random.integers(0, 30, 3)), *images]
+        chosen, rejected = ([Written(segments=[*shown, ActionChunk(ids)], given=len(shown))] for ids in ([1, 2, 3], [4, 5, 6]))
+        pairs.append(Pair(chosen=chosen, rejected=rejected, scores=(1.0, 0.0)))
+    PairStore.create(folder, vocabulary, hashes(store.path), {}).write_shard(0, pairs)
+    return folder
 
 
 def test_two_ranks_that_share_one_model_learn_what_one_does(two_ranks):
@@ -80,6 +125,45 @@ def test_two_ranks_that_share_one_model_learn_what_one_does(two_ranks):
     assert left.keys() == right.keys()
     for name, tensor in left.items():
         torch.testing.assert_close(right[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_two_processes_that_hold_a_model_each_learn_what_one_does(two_ranks):
+    """The same data and weighting, so the same losses up to the order of sums; in float32, where that order matters least."""
+    folder, one, _ = two_ranks
+    _assert_learned_alike(one, dataclasses.replace(one, output_dir=str(folder / "processes")))
+
+
+def test_two_ranks_sample_the_whole_model(two_ranks):
+    """The leading one writes what one rank alone does, with the averaged weights of both."""
+    _, one, two = two_ranks
+    left, right = (rows(Path(config.output_dir) / "samples" / "step-000006.rrd") for config in (one, two))
+    assert left.keys() == right.keys() and "act/0/action/dx/predicted" in left
+    for entity, ((step, value),) in left.items():
+        if entity.endswith(("codes_right", "error")):
+            assert right[entity][0] == (step, pytest.approx(value, abs=1e-6)), entity
+        else:
+            assert right[entity] == [(step, value)], entity
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_two_copies_learn_what_one_does_where_each_is_whole(runs, name):
+    """Muon, adapters and preference pairs over parallel.dp."""
+    *_, whole, copies = runs
+    one, two = whole[name], copies[name]
+    _assert_learned_alike(one, two)
+    left, right = (load_file(Path(config.output_dir) / "policy" / "model" / "model.safetensors") for config in (one, two))
+    # Muon orthogonalises in bfloat16, where the last bit of a sum moves directions that hardly have a gradient.
+    most = 3e-2 if name == "muon" else 1e-4
+    for weight, tensor in left.items():
+        assert torch.linalg.norm(right[weight] - tensor) < most * torch.linalg.norm(tensor), weight
+    assert (Path(two.output_dir) / "adapter").exists() == (name == "adapters")
+
+
+def test_one_rank_goes_on_where_two_copies_were(runs):
+    *_, whole, copies = runs
+    optimizer = rank_scenes._loaded(whole["muon"])[1]
+    assert sharded_state.load(Path(copies["muon"].output_dir) / "state", optimizer) == 4
+    assert optimizer.state()["muon.momentum"].abs().max() > 0 and optimizer.state()["adamw.0.step"].item() == 4
 
 
 def test_one_rank_takes_over_from_two(two_ranks):
@@ -164,7 +248,18 @@ def test_only_the_leading_rank_claims_the_folder(tiny_store, tmp_path, monkeypat
         ({"parallel": ParallelConfig(tp=3)}, "parallel.tp=3 does not divide model.num_attention_heads=4"),
         ({"parallel": ParallelConfig(dp=3, fsdp=2)}, "no multiple of parallel.dp × parallel.fsdp = 3 × 2"),
         ({"parallel": ParallelConfig(fsdp=2), "processes": 2}, "with parallel.* set parallel.dp instead"),
-        ({"parallel": ParallelConfig(cp=2), "lora_rank": 4, "init_from": "x"}, "lora_rank=4 with parallel"),
+        (
+            {"parallel": ParallelConfig(dp=2, cp=2), "lora_rank": 4, "init_from": "x"},
+            r"lora_rank=4 with parallel.dp=2, parallel.cp=2: every rank must hold the whole model; use parallel.dp alone",
+        ),
+        (
+            {"parallel": ParallelConfig(fsdp=2), "optimizer": OptimizerConfig(muon_learning_rate=0.01)},
+            "optimizer.muon_learning_rate=0.01 with parallel.fsdp=2: every rank",
+        ),
+        (
+            {"parallel": ParallelConfig(tp=2), "preference": PreferenceConfig(pairs="x"), "init_from": "y", "context": 64},
+            "preference.pairs=x with parallel.tp=2: every rank",
+        ),
     ],
 )
 def test_meshes_that_cannot_work_are_refused(values, message):
