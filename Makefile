@@ -15,7 +15,7 @@ demo: $(STAMP)
 	.venv/bin/emu3-vla demo
 
 test: $(STAMP)
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n auto --dist loadfile
 
 clean:
 	rm -rf .venv

@@ -1,10 +1,14 @@
-"""Where the reference outputs of the original software are, for the tests that compare with them."""
+"""Where the reference outputs of the original software are, for the tests that compare with them; and what several files share."""
 
 import importlib.util
 import os
 from pathlib import Path
 
 import pytest
+
+# Tests run side by side, a process a core: two threads each would only get in each other's way. Before anything imports numpy or torch.
+for _library in ("OMP", "OPENBLAS", "MKL"):
+    os.environ.setdefault(f"{_library}_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
