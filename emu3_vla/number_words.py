@@ -33,14 +33,20 @@ class NumberWordsError(ValueError):
 
 @dataclass(frozen=True)
 class NumberWords:
-    """S numbers by name, and the range of each that is cut into `bins`; what lies beyond falls into the last one."""
+    """S numbers by name, and the range of each that is cut into `bins`; what lies beyond falls into the last one.
+
+    powers: bins are equally wide in sign(v)·|v|^power; below 1 they are finer near zero. None given: 1 for each.
+    """
 
     names: tuple[str, ...]
     low: tuple[float, ...]
     high: tuple[float, ...]
     bins: int = BINS
+    powers: tuple[float, ...] = ()
 
     def __post_init__(self):
+        if self.powers and (len(self.powers) != len(self.names) or not all(0 < power <= 1 for power in self.powers)):
+            raise NumberWordsError(f"powers are {self.powers}, expected {len(self.names)} above 0 and up to 1, or none")
         if not self.names or len(set(self.names)) != len(self.names):
             raise NumberWordsError(f"numbers are {', '.join(self.names) or 'none'}, expected some, each once")
         if not len(self.names) == len(self.low) == len(self.high) or self.bins < 2:
@@ -50,9 +56,10 @@ class NumberWords:
                 raise NumberWordsError(f"the range of {name} is [{low}, {high}], expected two numbers, the first below the second")
 
     @classmethod
-    def within(cls, limits: Mapping[str, tuple[float, float]], bins: int = BINS) -> Self:
-        """Of numbers whose ranges are known."""
-        return cls(tuple(limits), *(tuple(float(limit[side]) for limit in limits.values()) for side in (0, 1)), bins)
+    def within(cls, limits: Mapping[str, tuple[float, float]], bins: int = BINS, powers: Mapping[str, float] | None = None) -> Self:
+        """Of numbers whose ranges are known. powers: of those that have one below 1."""
+        low, high = (tuple(float(limit[side]) for limit in limits.values()) for side in (0, 1))
+        return cls(tuple(limits), low, high, bins, tuple(float(powers.get(name, 1)) for name in limits) if powers else ())
 
     def numbers(self, values: np.ndarray) -> np.ndarray:
         """Bins of values (..., S): uint16 (..., S). Raises NumberWordsError for one that is not finite, or for another count."""
@@ -61,13 +68,17 @@ class NumberWords:
             raise NumberWordsError(f"values have shape {values.shape}, expected (..., {len(self.names)}): {', '.join(self.names)}")
         if not np.isfinite(values).all():
             raise NumberWordsError(f"not finite: {', '.join(self.names)} are {values}")
-        low, high = np.array(self.low), np.array(self.high)
-        return ((values - low) / (high - low) * self.bins).clip(0, self.bins - 1).astype(np.uint16)
+        low, high = self._warped(np.array(self.low)), self._warped(np.array(self.high))
+        return ((self._warped(values) - low) / (high - low) * self.bins).clip(0, self.bins - 1).astype(np.uint16)
 
     def values(self, numbers: np.ndarray) -> np.ndarray:
         """The middles of bins (..., S): float64 (..., S)."""
-        low, high = np.array(self.low), np.array(self.high)
-        return low + (np.asarray(numbers) + 0.5) / self.bins * (high - low)
+        low, high = self._warped(np.array(self.low)), self._warped(np.array(self.high))
+        warped = low + (np.asarray(numbers) + 0.5) / self.bins * (high - low)
+        return np.sign(warped) * np.abs(warped) ** (1 / np.array(self.powers or 1.0))
+
+    def _warped(self, values: np.ndarray) -> np.ndarray:
+        return np.sign(values) * np.abs(values) ** np.array(self.powers or 1.0)
 
     def word(self, entry: int, number: int) -> str:
         """Of one bin of one number."""
@@ -88,13 +99,15 @@ class NumberWords:
 
     def fields(self) -> dict[str, Any]:
         """As plain values, for a manifest."""
-        return {"names": list(self.names), "low": list(self.low), "high": list(self.high), "bins": self.bins}
+        plain = {"names": list(self.names), "low": list(self.low), "high": list(self.high), "bins": self.bins}
+        return plain | ({"powers": list(self.powers)} if self.powers else {})
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> Self:
         """From what `fields` gave. Raises NumberWordsError."""
         try:
-            return cls(tuple(fields["names"]), tuple(fields["low"]), tuple(fields["high"]), fields["bins"])
+            low, high = tuple(fields["low"]), tuple(fields["high"])
+            return cls(tuple(fields["names"]), low, high, fields["bins"], tuple(fields.get("powers", ())))
         except (TypeError, KeyError) as error:
             raise NumberWordsError(f"{fields} does not say how numbers are put into words: {error}") from error
 

@@ -216,10 +216,12 @@ class Recorder(Watcher):
     def _say(self, scene: dict[str, float]) -> None:
         for name, value in scene.items():
             self._log(f"said/{name}", rr.Scalars(value))
-        for thing in dict.fromkeys(name.removesuffix("_x") for name in scene if name.endswith("_x")):
-            place = [scene.get(f"{thing}_{axis}") for axis in "xyz"]
-            if None not in place:
-                turned = rr.RotationAxisAngle(axis=(0, 0, 1), radians=scene.get(f"{thing}_yaw", 0.0))
+        tool = self.env.state()[ROBOT_OBS] if scene else np.zeros(15)
+        for thing in dict.fromkeys(name.removesuffix("_right") for name in scene if name.endswith("_right")):
+            way = [scene.get(f"{thing}_{side}") for side in ("right", "forward", "up")]
+            if None not in way:
+                place = tool[:3] + np.array(way)
+                turned = rr.RotationAxisAngle(axis=(0, 0, 1), radians=tool[5] + scene.get(f"{thing}_turn", 0.0))
                 box = rr.Boxes3D(half_sizes=[SAID_HALF_SIZE_M], labels=[thing], colors=[SAID_COLORS.get(thing, (255, 255, 255))])
                 self._log(f"world/said/{thing}", box, rr.Transform3D(translation=place, rotation=turned))
 

@@ -39,7 +39,8 @@ class Policy(Protocol):
         Returns {"actions": float32 (T, 7), ...}: T >= 1 actions to execute in order, at 30 Hz, before the next call. Further
         keys are for recordings: "timing_s" {stage: seconds}; "token_ids"; "entropy", nats per id; "coefficients" (F, 7), DCT
         coefficients of the chunk, lowest frequency first; "clipped", how many values were clamped; "scene" {name: number}, what the policy
-        says that it sees (a thing's place is <thing>_x, _y, _z [m] in the world, its heading <thing>_yaw [rad]); "imagined" {camera's
+        says that it sees (a thing lies <thing>_right, _forward, _up [m] of the tool along the world's axes, its heading <thing>_turn [rad]
+        from the tool's); "imagined" {camera's
         observation key: uint8 (H, W, 3)}, what the policy expects the cameras to see once all T actions were executed.
         Raises a named error rather than returning a stand-in for a decision that failed.
         """

@@ -161,3 +161,14 @@ def test_guesses_change_no_word(writer, wrong):
     assert fewer == 1 + sum(number not in (0, 5) for number in wrong) <= passes
     following = writer[2].model.embed_tokens.weight[[70]].detach()
     torch.testing.assert_close(same.extend(following), sequence.extend(following), atol=1e-4, rtol=1e-4)
+
+
+def test_bins_can_be_finer_near_zero():
+    words = NumberWords.within({"right": (-1.0, 1.0), "lamp": (0.0, 1.0)}, bins=100, powers={"right": 0.5})
+    near, far = (words.values(words.numbers([[at, 0], [at + 0.03, 0]]))[:, 0] for at in (0.01, 0.8))
+    assert near[1] - near[0] > 0.02 and words.numbers([0.011, 0])[0] > words.numbers([0.005, 0])[0]
+    assert words.numbers([-0.2, 0])[0] == 99 - words.numbers([0.2, 0])[0]
+    assert abs(far - [0.8, 0.83]).max() < 0.02
+    assert NumberWords.of(words.fields()) == words
+    with pytest.raises(NumberWordsError, match="powers are"):
+        NumberWords(("a",), (0.0,), (1.0,), 4, (2.0,))

@@ -8,7 +8,7 @@
 dotted name, made with the episode store's scene, with `about(robot_obs, scene_obs)` -> pairs of sentences and `sentences()`.
 
 `scene=envs.calvin.scene_numbers:SceneNumbers` writes what there is to see in numbers, which a policy that is trained with `scene_fraction`
-says before it acts: any class with `limits`, `bins` and `of(robot_obs, scene_obs)` -> numbers.
+says before it acts: any class with `limits`, `powers`, `bins` and `of(robot_obs, scene_obs)` -> numbers.
 
 Action and text tokenizers that are not given are fitted on the episodes. Worker processes take a shard each; shards that are there are
 skipped, so the same command goes on after a kill. Shards keep their numbers; those of a second store follow behind the first one's last.
@@ -128,9 +128,11 @@ class Questioner(Protocol):
 
 
 class Viewer(Protocol):
-    """Made with the name of a scene; says what there is to see at a moment: numbers within `limits`, in that order, cut into `bins`."""
+    """Made with the name of a scene; says what there is to see at a moment: numbers within `limits`, in that order, cut into `bins`
+    with those `powers`; see NumberWords."""
 
     limits: Mapping[str, tuple[float, float]]
+    powers: Mapping[str, float]
     bins: int
 
     def of(self, robot_obs: np.ndarray, scene_obs: np.ndarray) -> np.ndarray: ...
@@ -363,7 +365,7 @@ def _open_or_start(config: TokenizeConfig, sources: Sources) -> TokenStore:
     if ACTION not in given:
         _fit_action_tokenizer(config, sources, output)
     state_words = _state_words(config, sources)
-    scene_words = NumberWords.within(viewer(config.scene).limits, viewer(config.scene).bins) if config.scene else None
+    scene_words = _scene_words(config)
     if TEXT not in given:
         words = [word for said in (state_words, scene_words) if said for word in said.words]
         text = TextTokenizer.fit(_sentences(config, sources), vocab_size=config.text_vocab_size, words=words)
@@ -372,6 +374,14 @@ def _open_or_start(config: TokenizeConfig, sources: Sources) -> TokenStore:
     if scene_words:
         said |= {"scene": scene_words.fields(), "scene_by": config.scene}
     return TokenStore.create(output, _metadata(config, sources, output) | said)
+
+
+def _scene_words(config: TokenizeConfig) -> NumberWords | None:
+    """How what there is to see is said: as its viewer wants it."""
+    if not config.scene:
+        return None
+    kind = viewer(config.scene)
+    return NumberWords.within(kind.limits, kind.bins, kind.powers)
 
 
 def _state_words(config: TokenizeConfig, sources: Sources) -> StateWords | None:

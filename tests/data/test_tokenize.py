@@ -282,6 +282,7 @@ class Seer:
     """Sees how many joints lie left of zero."""
 
     bins = 15
+    powers: ClassVar = {"height": 0.5}
     limits: ClassVar = {"left": (0.0, 15.0), "height": (-0.5, 0.5)}
 
     def __init__(self, scene: str):

@@ -40,7 +40,7 @@ class Imagining(ZeroPolicy):
             "entropy": [0.5, 1.5],
             "coefficients": np.arange(70).reshape(10, 7),
             "clipped": 3,
-            "scene": {"led": 1.0, "red_x": 0.1, "red_y": -0.1, "red_z": 0.46, "red_yaw": 0.5, "blue_x": 0.0},
+            "scene": {"led": 1.0, "red_right": 0.1, "red_forward": -0.1, "red_up": 0.4, "red_turn": 0.5, "blue_right": 0.0},
             "imagined": {RGB_STATIC: np.full((200, 200, 3), 90, np.uint8)},
         }
 
@@ -139,7 +139,7 @@ def test_all_that_a_policy_says_is_recorded(env, tmp_path):
         assert rows[f"/chunk/{entity}"] == decisions, entity
     assert rows["/policy/entropy"] == rows["/policy/entropy_max"] == rows["/policy/clamped"] == decisions
     assert sum("3 of the chunk's 70 values clamped" in text for _, text in events) == decisions
-    assert rows["/said/led"] == rows["/said/blue_x"] == rows["/world/said/red"] == decisions
+    assert rows["/said/led"] == rows["/said/blue_right"] == rows["/world/said/red"] == decisions
     assert rows["/world/said/blue"] == 0, "nobody said where that is"
     assert rows["/imagined/static"] == decisions and rows["/imagined/gripper"] == 0
     # Each imagined frame has a real one beside it: every 7th step, every 10th, and the first.
