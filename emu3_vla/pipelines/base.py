@@ -165,7 +165,7 @@ class PipelineBase:
             pictures = dict(enumerate([pictures] if _is_one(pictures) else pictures))
             if len(pictures) != len(names):
                 raise WrongPictures(
-                    f"{len(pictures)} pictures were given; this checkpoint is shown {len(names)} at once: {', '.join(names)}"
+                    f"this checkpoint is shown {len(names)} pictures at once ({', '.join(names)}), not {len(pictures)}"
                 )
             pictures = dict(zip(names, pictures.values(), strict=True))
         if sorted(pictures) != sorted(names):
