@@ -129,7 +129,7 @@ def test_reconstruct_a_video(run, files):
         (("extend", "{files}/none.mp4"), "does not exist"),
         (("extend", "episodes=x"), "say with shown="),
         (("ask", "question=x"), "give the pictures once"),
-        (("ask", "question=x", "image={files}/static.png"), "this checkpoint is shown 2 at once: rgb_static, rgb_gripper"),
+        (("ask", "question=x", "image={files}/static.png"), "this checkpoint is shown 2 pictures at once (rgb_static, rgb_gripper), not"),
         (("ask", "question=x", "video={files}/film.mp4"), "not about a video"),
         (("ask", "image={files}/static.png"), "the question is empty"),
         (("describe", "{files}/actions.npy"), "is no picture that can be read"),
