@@ -383,16 +383,18 @@ class PolicyServer:
         ready = [number for number in range(len(batch)) if number not in outcomes]
         together = self._together([batch[number] for number in ready]) if self._batched and len(ready) > 1 else None
         for place, number in enumerate(ready):
-            outcomes[number] = together[place] if together else self._alone(batch[number])
+            outcomes[number] = together[place] if isinstance(together, list) else self._alone(batch[number])
+        if isinstance(together, Exception) and not any(isinstance(outcomes[number], ServingError) for number in ready):
+            self._failed(together)  # no request was at fault, so deciding together is
         return [outcomes[number] for number in range(len(batch))], time.perf_counter() - began
 
-    def _together(self, batch: Sequence[_Request]) -> list[Any] | None:
-        """Answers of one batch; None where it failed, which has changed no session: then each is asked alone."""
+    def _together(self, batch: Sequence[_Request]) -> list[Any] | Exception:
+        """Answers of one batch; or why it failed, which has changed no session: then each is asked alone."""
         try:
             answers = self.policy.infer_many([request.client.session for request in batch], [request.observation for request in batch])
             return [self._checked(answer) for answer in answers]
-        except Exception:  # noqa: BLE001 - whoever is at fault raises again when asked alone
-            return None
+        except Exception as error:  # noqa: BLE001 - whoever is at fault raises again when asked alone
+            return error
 
     def _alone(self, request: _Request) -> Any:
         try:

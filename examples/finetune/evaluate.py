@@ -79,11 +79,19 @@ def summary(rollouts: list[Rollout]) -> dict[str, Any]:
 def main(
     policy: str, output_dir: str, rollouts: int = 50, seed: int = 1, instruction: str = SENTENCES[0], max_steps: int = MAX_STEPS
 ) -> dict[str, Any]:
-    """Evaluate, print the rate, write results.json into `output_dir`; what is there already is read. Exits with 1 where rollouts broke."""
+    """Evaluate, print the rate, write results.json into `output_dir`; what the same options left there is read.
+
+    Exits with 1 where rollouts broke, and where other options left something there.
+    """
     file = Path(output_dir) / "results.json"
+    asked = {"policy": policy, "seed": seed, "instruction": instruction, "rollouts_asked": rollouts, "max_steps": max_steps}
     if file.exists():
-        print(f"{file} is there already; delete it or choose another output_dir=")
-        return json.loads(file.read_text())
+        found = json.loads(file.read_text())
+        if other := [name for name, value in asked.items() if found.get(name) != value]:
+            name = other[0]
+            raise SystemExit(f"{file} is of {name}={found.get(name)}, not {asked[name]}; delete it or choose another output_dir=")
+        print(f"{file} is there already")
+        return found
     provenance = policy_provenance(policy)
     actor, env, done = load_policy(policy, ENV), make_env(), []
     with LiveLine() as line:
@@ -94,7 +102,7 @@ def main(
     counted = summary(done)
     file.parent.mkdir(parents=True, exist_ok=True)
     rule = f"the tool stays within {NEAR_M} m of the place above the handle for {POINTING_STEPS} control steps in a row, within {max_steps}"
-    told = {"task": TASK, "scene": SCENE, "success_rule": rule, "instruction": instruction, "policy": policy, "seed": seed}
+    told = {"task": TASK, "scene": SCENE, "success_rule": rule} | asked
     results = told | counted | {"git_commit": git_commit(), "policy_provenance": provenance, "rollouts": [*map(asdict, done)]}
     write_json(file, results)
     if counted["n"]:

@@ -148,3 +148,13 @@ def test_all_of_it_runs_in_miniature_and_goes_on(tmp_path):
     assert results["task"] == TASK and results["n"] + results["errors"] == 1
     policy = (tmp_path / "out/lora/policy/policy.yaml").read_text()
     assert "position_unit_m: 0.02" in policy
+
+
+def test_what_other_options_left_is_no_answer(tmp_path):
+    told = {"policy": "calvin-d", "seed": 1, "instruction": SENTENCES[0], "rollouts_asked": 50, "max_steps": 240}
+    (tmp_path / "results.json").write_text(json.dumps(told))
+    assert evaluate.main("calvin-d", str(tmp_path), max_steps=240) == told
+    with pytest.raises(SystemExit, match="is of max_steps=240, not 20; delete it"):
+        evaluate.main("calvin-d", str(tmp_path), max_steps=20)
+    with pytest.raises(SystemExit, match="is of policy=calvin-d, not other"):
+        evaluate.main("other", str(tmp_path), max_steps=240)

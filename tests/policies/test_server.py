@@ -591,3 +591,25 @@ def test_the_client_needs_three_packages():
         "(2, 7)",
         "['envs', 'envs.spec', 'policies', 'policies.base', 'policies.client', 'policies.codes', 'policies.wire']",
     ], done.stderr
+
+
+def test_a_batch_that_fails_without_a_request_at_fault_is_in_the_log():
+    """Each is answered, alone; and somebody learns that deciding together is broken."""
+    policy = Recording()
+    policy.infer_many = lambda sessions, observations: (_ for _ in ()).throw(RuntimeError("together"))
+    with serving(policy) as server:
+        connections = [opened(server)[0] for _ in range(3)]
+        for connection in connections:
+            ask(connection, prompt="go", **seen())
+        policy.go.clear()
+        policy.entered.clear()
+        blocker = threading.Thread(target=ask, args=(connections[0],), kwargs=seen())
+        blocker.start()
+        assert policy.entered.wait(10)
+        threading.Timer(0.2, policy.go.set).start()
+        answers = in_threads(lambda k: ask(connections[k + 1], **seen()), 2)
+        blocker.join(10)
+        for connection in connections:
+            connection.close()
+    assert all("actions" in answer for answer in answers)
+    assert [str(error) for error in server.failures] == ["together"]
