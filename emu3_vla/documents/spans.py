@@ -26,8 +26,8 @@ class Group:
     at_K: torch.Tensor
     kept_K: torch.Tensor
 
-    def to(self, device: torch.device | str) -> Group:
-        return Group(*(getattr(self, field.name).to(device) for field in fields(self)))
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Group:
+        return Group(*(getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,9 @@ class Spans:
         """Number of the document at each of these positions, which must not be padding."""
         return np.searchsorted(self.starts_D, positions, side="right") - 1
 
-    def to(self, device: torch.device | str) -> Spans:
-        return Spans(self.starts_D, self.lengths_D, self.positions_BL.to(device), tuple(group.to(device) for group in self.groups))
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Spans:
+        groups = tuple(group.to(device, non_blocking) for group in self.groups)
+        return Spans(self.starts_D, self.lengths_D, self.positions_BL.to(device, non_blocking=non_blocking), groups)
 
 
 def _widths(lengths: np.ndarray) -> np.ndarray:

@@ -39,7 +39,7 @@ from emu3_vla.training.initial import new_model as _new_model
 from emu3_vla.training.initial import outline, sized_as_init_from
 from emu3_vla.training.mixture import MixtureConfig
 from emu3_vla.training.optimizer import FlatAdamW, OptimizerConfig
-from emu3_vla.training.parallel import ParallelConfig
+from emu3_vla.training.parallel import DEVICES, ParallelConfig
 from emu3_vla.training.preference import PairBatch, PreferenceConfig
 from emu3_vla.training.prefetch import prefetched
 from emu3_vla.training.sharded import ShardedAdamW
@@ -112,6 +112,8 @@ class TrainConfig:
     history: int = -1  # past chunks that the policy shows when acting; -1: chunks - 1
     temperature: float = 0.0  # of the policy's action ids when acting; 0: the likeliest
     processes: int = 1  # one thread each
+    device: str = "auto"  # cuda, a GPU a process; cpu; auto: GPUs where there are some
+    data_workers: int = 0  # processes that make batches, of each training process; 0: one thread, enough beside a CPU
     precision: str = "bf16"  # of weights in use, activations and gradients; masters, moments and average are float32 always
     recompute_activations: bool = False  # in the backward pass, layer by layer, instead of keeping them: less memory, a third more work
     compile: bool = False  # needs a C++ compiler; about 15 s once, then faster steps
@@ -137,7 +139,7 @@ class TrainConfig:
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)  # ranks that share one model; see docs/scaling.md
 
-    RESUMES_WITH: ClassVar[tuple[str, ...]] = ("parallel", "samples_every", "samples")
+    RESUMES_WITH: ClassVar[tuple[str, ...]] = ("parallel", "samples_every", "samples", "device", "data_workers")
     """Options that may be others when a run goes on."""
 
     def __post_init__(self):
@@ -145,6 +147,10 @@ class TrainConfig:
         for name in (*positive, "validate_every", "checkpoint_every", "log_every", "keep_states"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.data_workers < 0:
+            raise ValueError(f"data_workers is {self.data_workers}, expected processes, or 0 for a thread")
+        if self.device not in DEVICES:
+            raise ValueError(f"device is {self.device!r}, expected one of {', '.join(DEVICES)}")
         if self.samples_every < 0:
             raise ValueError(f"samples_every is {self.samples_every}, expected steps, or 0 for no samples")
         if self.samples_every and self.preference.pairs:
@@ -248,7 +254,7 @@ def train(config: TrainConfig) -> None:
     commit = _git_commit()  # of the code that is loaded now; the folder may change while it runs
     output, leads = Path(config.output_dir), processes.rank() == 0
     console = Console(quiet=not leads)
-    ours = team.form(config.parallel, whole=bool(config.needs_whole_models()))
+    ours = team.form(config.parallel, whole=bool(config.needs_whole_models()), device=config.device)
     source = open_source(config.tokens, config.model.block_size)
     stream, held_out = preference.streams(config, source) if config.preference.pairs else source.streams(config)
 
@@ -278,12 +284,17 @@ def train(config: TrainConfig) -> None:
     with _progress(console, disable=not leads) as progress:
         bar = progress.add_task("train", total=config.steps, completed=step, status="")
         running, skipped = Figures.zero(), 0
-        batches = prefetched(lambda number: stream.batch(number, ours.data_rank, ours.data_count), step, config.steps)
+        batches = prefetched(
+            lambda number: stream.batch(number, ours.data_rank, ours.data_count),
+            step,
+            config.steps,
+            workers=config.data_workers,
+            pinned=ours.device.type == "cuda",
+        )
         pace.start()
         while step < config.steps:
             model.train()
             batch, waited_s = next(batches)
-            batch = batch.to(ours.device)
             rate = config.optimizer.rate(step, config.steps)
             learned, norm, flops = _step(model, optimizer, batch, ours, step, rate, config)
             step += 1
@@ -337,6 +348,7 @@ def _step(
     """One optimiser step. Returns this process's figures, the gradient's norm (see OptimizerConfig.accepts), and the operations it took."""
     torch.manual_seed((config.seed * 1_000_003 + step) * 4_099 + ours.seed)  # dropout
     if isinstance(batch, PairBatch):
+        batch = batch.to(ours.device)
         optimizer.zero_gradient()
         loss, learned = preference.losses(model, batch, config.preference)
         loss.backward()
@@ -346,10 +358,12 @@ def _step(
     batch = figures_of.thin_codes(batch, config.loss.vision_loss_fraction, seeds)
     # Counted before the loss, so that each process weighs its sums as if it saw the whole batch.
     tokens = ours.tokens(batch, chosen)
+    flops = training_flops(model, batch, len(chosen)) / ours.sharing
     optimizer.zero_gradient()
-    sums, learned = ours.losses(batch, chosen, config.loss.label_smoothing)
+    # Up to here all is counted on the CPU; a GPU would have to be waited for at each number.
+    sums, learned = ours.losses(batch.to(ours.device), chosen.to(ours.device), config.loss.label_smoothing)
     figures_of.total(sums, tokens, config.loss).backward()
-    return learned, optimizer.step(step, rate), training_flops(model, batch, len(chosen)) / ours.sharing
+    return learned, optimizer.step(step, rate), flops
 
 
 def _check_skipped(skipped: int, step: int, norm: float, learned: Figures, config: TrainConfig) -> None:

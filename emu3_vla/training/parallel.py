@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+DEVICES = ("auto", "cpu", "cuda")
 AXES = ("dp", "fsdp", "cp", "tp")
 
 
@@ -96,6 +97,19 @@ class Ranks:
         return self.config.dp * self.config.fsdp
 
 
-def own_device() -> torch.device:
-    """The GPU that is this process's, where there is one."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+def own_device(name: str = "auto") -> torch.device:
+    """Where this process computes: by `auto` on the GPU that is its own, where there is one; by `cpu` and `cuda` there.
+
+    Raises ValueError for another name, or a GPU that is not there.
+    """
+    if name not in DEVICES:
+        raise ValueError(f"device is {name!r}, expected one of {', '.join(DEVICES)}")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    number, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= there:
+        raise ValueError(
+            f"process {number} of this machine needs a GPU of its own, and torch sees {there}: start as many processes as there are GPUs, "
+            "or use device=cpu"
+        )
+    return torch.device("cuda", number)

@@ -59,9 +59,10 @@ def _child(rank: int, processes: int, port: int, worker: Callable[..., None], ar
 
 def _backend() -> str:
     """Tensors of the CPU, counts of tokens among them, go over gloo, whatever the weights are on."""
-    if not torch.cuda.is_available():
+    number = int(os.environ["LOCAL_RANK"])
+    if number >= torch.cuda.device_count():
         return "gloo"
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(number)
     return "cpu:gloo,cuda:nccl"
 
 

@@ -110,6 +110,7 @@ class DocumentStream:
         if not self._anchors:
             raise ValueError("the token store's episodes hold no frame at all, so there is nothing to train on")
         self._lengths = np.array([length_of(self._chunk_segments(anchor), vocabulary) for anchor in self._anchors])
+        self._planned: tuple[int, list[list[_Draw]]] = (-1, [])  # the pool that was planned last
 
     def __len__(self) -> int:
         """Documents in an epoch."""
@@ -161,14 +162,19 @@ class DocumentStream:
     def _plan(self, step: int) -> list[_Draw]:
         """Every document of the batch of `step`."""
         pool, slot = divmod(step, POOL_STEPS)
+        if self._planned[0] != pool:
+            self._planned = pool, self._plan_pool(pool)
+        return self._planned[1][slot]
+
+    def _plan_pool(self, pool: int) -> list[list[_Draw]]:
+        """Every document of each batch of a pool."""
         first = pool * POOL_STEPS * self._batch_size
         anchors = numbers_between(first, first + POOL_STEPS * self._batch_size, len(self._anchors), (self._seed, 0))
         random = np.random.default_rng((self._seed, 1, pool))
         numbers = random.random(len(anchors))
         draws = [self._draw(int(anchor), float(number), random) for anchor, number in zip(anchors, numbers, strict=True)]
         by_length = np.argsort([self._length(draw) for draw in draws], kind="stable").reshape(POOL_STEPS, self._batch_size)
-        row = by_length[random.permutation(POOL_STEPS)[slot]]
-        return [draws[index] for index in row]
+        return [[draws[index] for index in by_length[row]] for row in random.permutation(POOL_STEPS)]
 
     def _draw(self, anchor: int, number: float, random: np.random.Generator) -> _Draw:
         """A document at an anchor. number: in [0, 1), decides on wording or questions."""

@@ -35,19 +35,20 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-def form(config: ParallelConfig, *, whole: bool = False) -> Replicas | Mesh:
-    """The team that this process belongs to. whole: every process must hold the whole model.
+def form(config: ParallelConfig, *, whole: bool = False, device: str = "auto") -> Replicas | Mesh:
+    """The team that this process belongs to. whole: every process must hold the whole model. device: of a process that does, see
+    own_device; ranks that share a model take a GPU each where there are some.
 
     Raises ValueError where the processes are not as many as the mesh's ranks, or they share models that must be whole.
     """
     if config.ranks == 1:
-        return Replicas()
+        return Replicas(own_device(device))
     if not whole:
         return Mesh(config)
     if not config.copies_alone:
         raise ValueError(f"{config} shares models over ranks, where each rank must hold a whole one: use parallel.dp alone")
     config.check_started()
-    return Replicas(own_device())
+    return Replicas(own_device(device))
 
 
 class Replicas:
@@ -60,8 +61,8 @@ class Replicas:
     sharing = 1
     _adapted: PeftModel | None = None
 
-    def __init__(self, device: torch.device | None = None):
-        self.device = device or torch.device("cpu")
+    def __init__(self, device: torch.device):
+        self.device = device
         self.data_rank, self.data_count = processes.rank(), processes.count()
         self.seed = self.data_rank
 
@@ -78,6 +79,8 @@ class Replicas:
     ) -> BlockEmu3ForCausalLM:
         """The model. make: builds it with its weights. outline: builds it without. dtype: that it computes in."""
         self._model, self._vocabulary = make().to(self.device), vocabulary
+        if self.device.type == "cuda" and self._model.config._attn_implementation == "eager":
+            self._model.set_attn_implementation("sdpa")  # on GPUs the fused kernels are the fast ones
         return self._model
 
     def adapt(self, settings: LoraSettings) -> None:

@@ -135,14 +135,15 @@ def test_emu3s_text_with_other_codes_is_refused(tmp_path):
         open_source(str(store.path), 4)
 
 
-def test_batches_come_in_order_and_errors_at_their_step():
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_batches_come_in_order_and_errors_at_their_step(workers):
     def make(step):
         if step == 5:
             raise ValueError("no step 5")
         return step * step
 
-    batches = prefetched(make, 2, 9)
+    batches = prefetched(make, 2, 9, workers=workers)
     assert [next(batches)[0] for _ in range(3)] == [4, 9, 16]
     with pytest.raises(ValueError, match="no step 5"):
         next(batches)
-    assert list(prefetched(make, 3, 3)) == []
+    assert list(prefetched(make, 3, 3, workers=workers)) == []

@@ -25,7 +25,7 @@ from emu3_vla.training import loop, state
 from emu3_vla.training.figures import LossConfig
 from emu3_vla.training.loop import ModelSizes, TrainConfig
 from emu3_vla.training.optimizer import FlatAdamW, OptimizerConfig
-from emu3_vla.training.parallel import ParallelConfig
+from emu3_vla.training.parallel import ParallelConfig, own_device
 from emu3_vla.training.source import open_source
 
 TIMINGS = ("chunks_per_s", "positions_per_s", "step_s", "data_wait", "of_peak", "memory_gb")
@@ -80,6 +80,38 @@ def test_killed_run_ends_where_an_unbroken_one_does(tiny_store, tmp_path):
     tiny_tokens.train(tiny_store.path, killed, **options)
     tiny_tokens.train(tiny_store.path, unbroken, **options)
     _assert_same(unbroken, killed)
+
+
+def test_documents_made_in_processes_are_the_same(tiny_store, tmp_path):
+    for workers in (0, 2):
+        tiny_tokens.train(tiny_store.path, tmp_path / str(workers), steps=20, validate_every=20, data_workers=workers)
+    _assert_same(tmp_path / "0", tmp_path / "2")
+
+
+@pytest.mark.gpu
+def test_a_gpu_learns_what_a_cpu_does(tiny_store, tmp_path):
+    for device in ("cpu", "cuda"):
+        tiny_tokens.train(tiny_store.path, tmp_path / device, steps=12, validate_every=12, log_every=1, precision="fp32", device=device)
+    cpu, gpu = (_records(tmp_path / device) for device in ("cpu", "cuda"))
+    for one, other in zip(cpu, gpu, strict=True):
+        of_both = zip(one.get("validation", one).items(), other.get("validation", other).values(), strict=True)
+        assert all(value == pytest.approx(twin, rel=1e-3) for (name, value), twin in of_both if name.startswith("loss"))
+
+
+@pytest.mark.parametrize(("number", "name", "device"), [(0, "auto", "cuda:0"), (1, "cuda", "cuda:1"), (1, "cpu", "cpu")])
+def test_every_process_computes_on_its_own_gpu(monkeypatch, number, name, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", str(number))
+    assert own_device(name) == torch.device(device)
+
+
+def test_a_process_without_a_gpu_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match="process 1 of this machine needs a GPU of its own, and torch sees 1: .* use device=cpu"):
+        own_device("auto")
 
 
 def state_step(output: Path) -> int:
@@ -245,6 +277,8 @@ def test_state_of_another_model_is_refused(tiny_store, tmp_path):
     ("values", "message"),
     [
         ({"steps": 0}, "steps is 0"),
+        ({"device": "tpu"}, "device is .tpu., expected one of auto, cpu, cuda"),
+        ({"data_workers": -1}, "data_workers is -1"),
         ({"log_to": ("tensorbord",)}, "log_to names 'tensorbord', expected some of tensorboard, wandb"),
         ({"lora_rank": 4}, "lora_rank=4 adapts given weights"),
         ({"lora_rank": -1, "init_from": "x"}, "rank -1"),
