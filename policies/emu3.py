@@ -173,7 +173,7 @@ class Emu3Policy:
         with _timed(timing, "decode"):
             sequences, generators = [session.sequence for session in sessions], [session.generator for session in sessions]
             prefixes = [self._prefix(actions) for actions in committed]
-            written = self._writer.write_each(sequences, states, generators, prefixes)
+            written = self._writer.write_each(sequences, states, generators, prefixes, [session.last_ids() for session in sessions])
         with _timed(timing, "detokenize"):
             decoded = [self._actions(chunk.ids) for chunk in written]
         answers = []
@@ -315,6 +315,10 @@ class Session:
         if not self.policy.scenes:
             embedded = torch.cat([embedded, model.model.embed_tokens.weight[vocabulary.begin_action][None]])
         return embedded[self.sequence.length :]
+
+    def last_ids(self) -> Sequence[int]:
+        """Of the chunk before, if there was one."""
+        return self._past[-1][-1].ids if self._past else ()
 
     def remember(self, chunk: list[Segment], scene: dict[str, float] | None) -> None:
         """Add a chunk, and what was seen, to the past. Where the oldest must go, all after the instruction moves: the cache keeps that."""

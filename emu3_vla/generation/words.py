@@ -1,7 +1,8 @@
 """Writing numbers as words (emu3_vla.number_words), the likeliest at each place, for several sequences at once.
 
-What was said last time is guessed to hold still: the guesses go through the trunk in one pass, and stand as far as they are what would have
-been written one by one. So a scene that rests costs one pass or two in place of one a word, and the words are the same.
+All words are guessed first: what was said last time. The guesses go through the trunk in one pass, and stand as far as they are what would
+have been written one by one. What the model says behind a wrong one is the next guess (Jacobi decoding, arXiv 2305.10427): what is seen
+depends on the pictures more than on the words before. So a few passes do in place of one a word, and the words are the same.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class WordWriter:
         Returns the bins of each, uint16 (S,), and how many passes each took. The sequences then hold all words but the last.
         Raises DecodingFailed.
         """
-        sentences = [_Sentence(guess) for guess in guesses]
+        somewhere = np.full(len(self.words.names), self.words.bins // 2)
+        sentences = [_Sentence(np.array(somewhere if guess is None else guess, np.int64)) for guess in guesses]
         states = [[row] for row in states_SH]
         going = list(range(len(sentences)))
         while True:
@@ -55,16 +57,14 @@ class WordWriter:
 
     def _take(self, sentence: _Sentence, sequence: CachedSequence, states: list[torch.Tensor]) -> None:
         """Words behind these states: the first is certain, each other is if the guess that its state stands on was right."""
-        for at, chosen in enumerate(self._likeliest(states, len(sentence.bins))):
-            right = at == len(sentence.ahead) or chosen == sentence.ahead[at]
-            sentence.bins.append(chosen)
-            if not right or at == len(sentence.ahead):
-                # What was put in behind the last right guess is of a sentence that is not written.
-                sequence.truncate(sequence.length - (len(sentence.ahead) - at))
-                break
-        last = len(self.words.names) - 1
-        begin = len(sentence.bins)
-        sentence.ahead = [] if sentence.guess is None else [int(number) for number in sentence.guess[begin:last]]
+        first, ahead = len(sentence.bins), sentence.ahead
+        chosen = self._likeliest(states, first)
+        right = next((at for at, guess in enumerate(ahead) if guess != chosen[at]), len(ahead))
+        sentence.bins += chosen[: right + 1]
+        # What was put in behind the last right guess is of a sentence that is not written.
+        sequence.truncate(sequence.length - (len(ahead) - right))
+        sentence.guess[first : first + len(chosen)] = chosen
+        sentence.ahead = sentence.guess[len(sentence.bins) : len(self.words.names) - 1].tolist()
 
     def _ids_of(self, sentence: _Sentence) -> torch.Tensor:
         """The word just written, and the guesses behind it."""
@@ -83,9 +83,9 @@ class WordWriter:
 
 @dataclass
 class _Sentence:
-    """guess: of all bins. bins: written so far. ahead: guesses that stand in the sequence behind the word last written."""
+    """guess: of all bins, int64 (S,). bins: written so far. ahead: guesses that stand in the sequence behind the word last written."""
 
-    guess: np.ndarray | None
+    guess: np.ndarray
     bins: list[int] = field(default_factory=list)
     ahead: list[int] = field(default_factory=list)
     passes: int = 0

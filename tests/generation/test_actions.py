@@ -6,7 +6,7 @@ import torch
 
 from action_tokenizer import FastTokenizer
 from emu3_vla.checkpoint import load
-from emu3_vla.generation.actions import ActionWriter, DecodingFailed
+from emu3_vla.generation.actions import WINDOW, ActionWriter, DecodingFailed
 from emu3_vla.generation.cache import CachedTrunk
 
 
@@ -49,6 +49,31 @@ def test_greedy_takes_the_likeliest_permitted_id(loaded):
     logits = loaded.model.lm_head(state)[vocabulary.action_start : vocabulary.end_of_chunk + 1].detach().numpy()
     best = int(np.where(grammar.mask(grammar.start()), logits, -np.inf).argmax())
     assert _writer(loaded).write(CachedTrunk(loaded.model).sequence(200), state).ids[0] == best
+
+
+def test_guesses_change_nothing_but_the_time(loaded):
+    """Right ones, wrong ones, and ids that the grammar refuses: the chunk is as without."""
+    writer, trunk = _writer(loaded), CachedTrunk(loaded.model)
+    for seed in range(5):
+        state = _state(loaded, seed, scale=3)
+        alone, sequence = writer.write(trunk.sequence(300), state), trunk.sequence(300)
+        tail = np.random.default_rng(seed).integers(0, loaded.vocabulary.action_size, 100).tolist()
+        for guess in (alone.ids, alone.ids[:3] + tail, tail, alone.ids[1:], []):
+            passes = _count_passes(trunk)
+            sequence.truncate(0)
+            (guessed,) = writer.write_each([sequence], state[None], [None], guesses=[guess])
+            assert guessed.ids == alone.ids and sequence.length == len(alone.ids) - 1
+            assert guessed.entropy == pytest.approx(alone.entropy, rel=1e-4)
+            assert guessed.probability == pytest.approx(alone.probability, rel=1e-3)
+            assert len(passes) <= len(alone.ids) - 1
+            if guess is alone.ids:
+                assert len(passes) == -(-(len(alone.ids) - 1) // (WINDOW + 1))
+
+
+def _count_passes(trunk: CachedTrunk) -> list:
+    passes, extend = [], CachedTrunk.extend_each
+    trunk.extend_each = lambda parts: passes.append(parts) or extend(trunk, parts)
+    return passes
 
 
 def test_logits_that_are_no_numbers_make_no_action(loaded):
