@@ -41,24 +41,24 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
-    """The matrix (m, n) with its singular values moved to about one (0.7 to 1.2). Zero stays zero.
+    """The matrix (m, n), or each of several (k, m, n), with its singular values moved to about one (0.7 to 1.2). Zero stays zero.
 
     Every factor of the iteration is a polynomial of the small Gram matrix, and those commute: so it runs on (m, m) alone and touches the
     wide matrix twice, which for kernels nine times as wide as high is two thirds of the time.
     """
     a, b, c = COEFFICIENTS
-    tall = matrix.shape[0] > matrix.shape[1]
+    tall = matrix.shape[-2] > matrix.shape[-1]
     x = matrix.mT if tall else matrix
-    x = x / (x.norm() + 1e-7)
+    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)
     if x.dtype != torch.float32:  # the products of many factors below need more digits
         for _ in range(ITERATIONS):
             gram = x @ x.mT
             x = a * x + (b * gram + c * (gram @ gram)) @ x
         return x.mT if tall else x
-    gram, product = x @ x.mT, torch.eye(len(x), dtype=x.dtype, device=x.device)
+    gram, product = x @ x.mT, torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
     for _ in range(ITERATIONS):
         factor = b * gram + c * (gram @ gram)
-        factor.diagonal().add_(a)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
         product = factor @ product
         gram = factor @ gram @ factor
     x = product @ x

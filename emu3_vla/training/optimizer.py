@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 import torch.distributed as dist
@@ -206,6 +208,10 @@ class Muon:
     def __init__(self, weights: torch.Tensor, gradient: torch.Tensor, matrices: list[nn.Parameter], config: OptimizerConfig):
         self._weights, self._gradient, self._config = weights, gradient, config
         self._shapes = [tuple(matrix.shape) for matrix in matrices]
+        # A GPU is faster at all matrices of one shape in one product than at launching one after another; a CPU is not.
+        alike = itemgetter(1) if weights.is_cuda else itemgetter(0)
+        numbered = sorted(enumerate(self._shapes), key=alike)
+        self._together = [[number for number, _ in group] for _, group in groupby(numbered, key=alike)]
         self.momentum = torch.zeros_like(weights)
 
     def step(self, fraction: float) -> None:
@@ -215,11 +221,14 @@ class Muon:
         update = torch.zeros_like(direction)
         together, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         sizes = [math.prod(shape) for shape in self._shapes]
-        parts = zip(self._shapes, direction.split(sizes), update.split(sizes), strict=True)
-        for number, (shape, matrix, out) in enumerate(parts):
-            if number % together == rank:
+        matrices, outs = direction.split(sizes), update.split(sizes)
+        for turn, numbers in enumerate(self._together):
+            if turn % together == rank:
+                shape = self._shapes[numbers[0]]
                 scale = max(1.0, shape[0] / shape[1]) ** 0.5
-                out.view(shape).copy_(orthogonalise(matrix.view(shape).bfloat16())).mul_(scale)
+                made = orthogonalise(torch.stack([matrices[number].view(shape) for number in numbers]).bfloat16())
+                for number, matrix in zip(numbers, made, strict=True):
+                    outs[number].view(shape).copy_(matrix).mul_(scale)
         if together > 1:
             dist.all_reduce(update)
         rate = self._config.muon_learning_rate * fraction

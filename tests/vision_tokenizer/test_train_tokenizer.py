@@ -302,7 +302,7 @@ def test_psnr_of_a_known_error():
     assert psnr(pixels + 0.2, pixels) == pytest.approx(20.0, abs=1e-4)  # 0.1 of the range [0, 1]
 
 
-@pytest.mark.parametrize("shape", [(8, 72), (72, 8), (16, 16)])
+@pytest.mark.parametrize("shape", [(8, 72), (72, 8), (16, 16), (3, 16, 24)])
 def test_orthogonalised_matrices_have_singular_values_near_one(shape):
     values = torch.linalg.svdvals(orthogonalise(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
     assert 0.5 < values.min() and values.max() < 1.3
