@@ -45,16 +45,16 @@ class CommittedPrefix:
         whitening, self._predict, self._log_scale = _whitening(len(committed_nA), horizon, scale, correlation)
         self._wanted = np.einsum("kmn,na->kam", whitening, committed_nA)
         self._written = np.zeros((self._dims, horizon))
-        self._count, self._pending = 0, b""
+        self._count, self._pending, self._table = 0, b"", _spelled_out(tuple(token_bytes), min_token, scale)
 
     def scores(self, candidates: Sequence[int]) -> np.ndarray:
         """log p(committed | what is written, each candidate): float64 (C,). Candidates are ids that the grammar permits."""
-        written_CAF = np.repeat(self._written[None], len(candidates), axis=0)
-        count_C = np.full(len(candidates), self._count)
-        for row, index in enumerate(candidates):
-            coefficients, _ = self._read(index)
-            self._place(written_CAF[row], self._count, coefficients)
-            count_C[row] += len(coefficients)
+        counts_C, following_CK = self._following(np.asarray(candidates))
+        written_CK = np.repeat(self._written.T.reshape(1, -1), len(counts_C), axis=0)  # dimensions are inner, as they are written
+        room = written_CK.shape[1] - self._count
+        written_CK[:, self._count :] = np.pad(following_CK, ((0, 0), (0, max(0, room - following_CK.shape[1]))))[:, :room]
+        written_CAF = written_CK.reshape(len(counts_C), -1, self._dims).swapaxes(1, 2)
+        count_C = self._count + counts_C
         # How many frequencies each dimension has: dimensions are inner, the first ones are ahead.
         known_CA = (count_C[:, None] - np.arange(self._dims) + self._dims - 1) // self._dims
         predicted = np.einsum("camf,caf->cam", self._predict[known_CA], written_CAF)
@@ -67,6 +67,13 @@ class CommittedPrefix:
         self._place(self._written, self._count, coefficients)
         self._count += len(coefficients)
 
+    def _following(self, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How many coefficients each candidate completes, (C,), and these, padded with zeros, (C, most)."""
+        if not self._pending:
+            counts_V, coefficients_VK = self._table
+            return counts_V[candidates], coefficients_VK[candidates]
+        return _padded([self._read(index)[0] for index in candidates.tolist()])
+
     def _read(self, index: int) -> tuple[list[float], bytes]:
         """The coefficients that an id completes, and the bytes of a half-read one after it."""
         text = self._pending + self._bytes[index]
@@ -76,6 +83,21 @@ class CommittedPrefix:
     def _place(self, written_AF: np.ndarray, start: int, coefficients: list[float]) -> None:
         frequency, dim = np.divmod(np.arange(start, start + len(coefficients)), self._dims)
         written_AF[dim, frequency] = coefficients
+
+
+@lru_cache(maxsize=8)
+def _spelled_out(token_bytes: tuple[bytes, ...], min_token: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """What each id completes where no character is half read: number of coefficients int (V,), and these, padded, float64 (V, most)."""
+    texts = [codecs.utf_8_decode(token, "ignore", False)[0] for token in token_bytes]
+    return _padded([[(ord(character) + min_token) / scale for character in text] for text in texts])
+
+
+def _padded(rows: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:
+    counts = np.array([len(row) for row in rows])
+    table = np.zeros((len(rows), counts.max(initial=0)))
+    for line, row in zip(table, rows, strict=True):
+        line[: len(row)] = row
+    return counts, table
 
 
 @lru_cache(maxsize=64)

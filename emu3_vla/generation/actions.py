@@ -21,8 +21,6 @@ from emu3_vla.generation.sampling import DecodingFailed
 from emu3_vla.model import BlockEmu3ForCausalLM
 from emu3_vla.vocabulary import CompactVocabulary
 
-# Ids that are weighed against a committed prefix: the likeliest so many. Weighing all of them takes longer than the model does.
-CANDIDATES = 64
 # Guesses that go through the trunk beside an id. A row more is nearly free where reading the weights takes the time.
 WINDOW = 7
 
@@ -179,11 +177,11 @@ class ActionWriter:
 
 
 def _heeding(prefix: CommittedPrefix, log_p: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of the likeliest candidates given the committed prefix too; the others get none."""
-    best = log_p.topk(min(CANDIDATES, int(torch.isfinite(log_p).sum()))).indices
-    scores = torch.from_numpy(prefix.scores(best.tolist())).to(log_p)
+    """Log-probabilities given the committed prefix too. All that are permitted are weighed: what goes on from the prefix may be an id that
+    the model alone would hardly write."""
+    permitted = torch.isfinite(log_p).nonzero().squeeze(1)
     heeded = torch.full_like(log_p, -torch.inf)
-    heeded[best] = log_p[best] + scores
+    heeded[permitted] = log_p[permitted] + torch.from_numpy(prefix.scores(permitted.cpu().numpy())).to(log_p)
     return torch.log_softmax(heeded, dim=0)
 
 
