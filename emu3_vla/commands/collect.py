@@ -93,6 +93,8 @@ def main(config: CollectConfig) -> None:
         "frame_stride": config.demonstration.frame_stride,
         "acceleration": config.demonstration.acceleration,
         "chains_per_shard": config.chains_per_shard,
+        "chain_length": config.chain_length,
+        "balanced": config.balanced,
         "wordings": wordings,
     } | ({"driver": config.driver} if config.driver else {})
     store = EpisodeStore.create(Path(config.output_dir), metadata)

@@ -94,9 +94,15 @@ class Source:
 
     def manifest(self) -> dict[str, Any]:
         """What a checkpoint's provenance says of the store."""
-        metadata = self.store.metadata
+        metadata, source = self.store.metadata, self.store.metadata["source"]
         digest = hashlib.sha256((self.folder / MANIFEST).read_bytes()).hexdigest()
-        return {"sha256": digest, "tokenizers": metadata["hashes"], "totals": metadata["source"]["totals"]}
+        said = [{name: value for name, value in of_store.items() if name != "wordings"} for of_store in source.get("metadata", [])]
+        shards = map(len, metadata.get("shard_groups", []))
+        episodes = [
+            {"store": store, "shards": count} | of_store
+            for store, count, of_store in zip(source.get("episodes", []), shards, said, strict=True)
+        ]
+        return {"sha256": digest, "tokenizers": metadata["hashes"], "totals": source["totals"], "episodes": episodes}
 
 
 def open_source(folder: str, block_size: int) -> Source:

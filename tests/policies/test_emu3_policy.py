@@ -23,6 +23,11 @@ def _observation(seed: int) -> dict[str, np.ndarray]:
     }
 
 
+def _felt_observation(seed: int) -> dict[str, np.ndarray]:
+    """What the shipped policy asks for: the arm's state too."""
+    return _observation(seed) | {"robot_obs": np.random.default_rng(seed).uniform(-0.3, 0.3, 15)}
+
+
 def _watch_states(policy: Emu3Policy) -> list[torch.Tensor]:
     """The trunk's states after "begin of action", as decisions come to be made."""
     seen, write = [], policy._writer.write_each
@@ -209,8 +214,8 @@ def test_not_a_bit_of_an_answer_depends_on_who_else_is_asked(workers):
             session.reset("open the drawer" if number % 2 else "turn on the led")
         alone.reset("open the drawer" if (together - 1) % 2 else "turn on the led")
         for step in range(2):
-            answers = policy.infer_many(sessions, [_observation(10 * number + step) for number in range(together)])
-            own = alone.infer(_observation(10 * (together - 1) + step))
+            answers = policy.infer_many(sessions, [_felt_observation(10 * number + step) for number in range(together)])
+            own = alone.infer(_felt_observation(10 * (together - 1) + step))
             assert own["token_ids"] == answers[-1]["token_ids"] and own["entropy"] == answers[-1]["entropy"]
             assert own["probability"] == answers[-1]["probability"]
 

@@ -24,7 +24,7 @@ from eval.rollout import chain_of
 
 PYTHON = os.environ.get("EMU3_VLA_OPENPI_PYTHON")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="EMU3_VLA_OPENPI_PYTHON names no interpreter that has openpi-client")
-LIBERO = {"observation/image": "rgb_static", "observation/wrist_image": "rgb_gripper"}
+LIBERO = {"observation/image": "rgb_static", "observation/wrist_image": "rgb_gripper", "observation/state": "robot_obs"}
 
 
 class OpenpiClient:
