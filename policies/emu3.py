@@ -27,9 +27,9 @@ from emu3_vla.checkpoint import load
 from emu3_vla.checkpoint.folder import VISION
 from emu3_vla.data.tokens import content_hash
 from emu3_vla.documents import ActionChunk, Image, Segment, Text, collate, length_of
-from emu3_vla.generation.actions import ActionWriter
+from emu3_vla.generation.actions import ActionWriter, Chunk
 from emu3_vla.generation.cache import CachedSequence, CachedTrunk
-from emu3_vla.generation.words import WordWriter
+from emu3_vla.generation.words import Sentence, WordWriter
 from emu3_vla.number_words import NumberWords, StateWords
 from envs.spec import COMMITTED_ACTIONS, GRIPPER_CLOSE, GRIPPER_OPEN, ROBOT_OBS
 from policies.chunking import JOIN_CORRELATION, check_committed, join_gap, rejoin
@@ -40,7 +40,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Longest instruction that is expected, in text ids; only the cache's size depends on it.
 MAX_TEXT_IDS = 256
 
-_Decided = tuple[list[list[Segment]], list[dict[str, Any]]]  # of each session: the chunk that it did, its answer
+# Of each session: the chunk that it did, what it saw, its answer.
+_Decided = tuple[list[list[Segment]], list[np.ndarray | None], list[dict[str, Any]]]
 
 
 class Emu3Policy:
@@ -141,10 +142,10 @@ class Emu3Policy:
                 session.restore(state)
             raise
         answers: list[dict[str, Any]] = [{}] * len(sessions)
-        for group, (chunks, answered) in zip(groups, decided, strict=True):
+        for group, (chunks, scenes, answered) in zip(groups, decided, strict=True):
             answers[group] = answered
-            for session, chunk, answer in zip(sessions[group], chunks, answered, strict=True):
-                session.remember(chunk, answer.get("scene"))
+            for session, chunk, scene in zip(sessions[group], chunks, scenes, strict=True):
+                session.remember(chunk, scene)
         return answers
 
     def _side_by_side(self, groups: Sequence[Sequence[Session]], observations: Sequence[Sequence[dict[str, np.ndarray]]]) -> list[_Decided]:
@@ -157,27 +158,29 @@ class Emu3Policy:
         return [one.result() for one in under_way]
 
     def _decide(self, sessions: Sequence[Session], observations: Sequence[dict[str, np.ndarray]]) -> _Decided:
-        """Each session's chunk, for it to remember, and answer."""
+        """Each session's chunk and what it sees, for it to remember, and answer."""
         timing: dict[str, float] = {}
         with _timed(timing, "encode"):
             looks = [session.look(observation) for session, observation in zip(sessions, observations, strict=True)]
             committed = [self._committed(observation) for observation in observations]
+        sequences, generators = [session.sequence for session in sessions], [session.generator for session in sessions]
+        chunks = [self._writer.begin(session.last_ids(), self._prefix(ahead)) for session, ahead in zip(sessions, committed, strict=True)]
+        scenes: list[np.ndarray | None] = [None] * len(sessions)
         with _timed(timing, "prefill"):
-            parts = [(session.sequence, session.unread(seen)) for session, seen in zip(sessions, looks, strict=True)]
-            states = torch.stack([states_nH[-1] for states_nH in self._trunk.extend_each(parts)])
-        scenes: list[np.ndarray] = []
+            unread = [session.unread(seen) for session, seen in zip(sessions, looks, strict=True)]
+            sentences = [self._words.begin(session.scene) for session in sessions] if self._words else []
+            states = self._read(sequences, unread, self._words or self._writer, sentences or chunks)
         if self._words:
             with _timed(timing, "describe"):
-                scenes, states = self._described(sessions, states)
+                scenes = self._words.write_each(sequences, sentences, states)
+                states = self._read(sequences, self._last_words(scenes), self._writer, chunks)
                 looks = [[*seen, Text(self.scenes.ids(scene))] for seen, scene in zip(looks, scenes, strict=True)]
         with _timed(timing, "decode"):
-            sequences, generators = [session.sequence for session in sessions], [session.generator for session in sessions]
-            prefixes = [self._prefix(actions) for actions in committed]
-            written = self._writer.write_each(sequences, states, generators, prefixes, [session.last_ids() for session in sessions])
+            written = self._writer.write_each(sequences, chunks, states, generators)
         with _timed(timing, "detokenize"):
             decoded = [self._actions(chunk.ids) for chunk in written]
         answers = []
-        for chunk, ahead, (actions, clipped, coefficients) in zip(written, committed, decoded, strict=True):
+        for chunk, scene, ahead, (actions, clipped, coefficients) in zip(written, scenes, committed, decoded, strict=True):
             answers.append(
                 {
                     "actions": actions if ahead is None else rejoin(actions, ahead).astype(np.float32),
@@ -188,20 +191,31 @@ class Emu3Policy:
                     "probability": chunk.probability,
                     "clipped": clipped,
                     "coefficients": coefficients,
-                    **({"scene": self._named(scenes[len(answers)])} if scenes else {}),
+                    **({} if scene is None else {"scene": self._named(scene)}),
                     "timing_s": {stage: seconds / len(sessions) for stage, seconds in timing.items()},
                 }
             )
-        return [[*seen, ActionChunk(chunk.ids)] for seen, chunk in zip(looks, written, strict=True)], answers
+        return [[*seen, ActionChunk(chunk.ids)] for seen, chunk in zip(looks, written, strict=True)], scenes, answers
 
-    def _described(self, sessions: Sequence[Session], states_SH: torch.Tensor) -> tuple[list[np.ndarray], torch.Tensor]:
-        """What each session sees, in bins, and its state after "begin of action", which follows."""
-        before = [None if session.scene is None else self.scenes.words.numbers(list(session.scene.values())) for session in sessions]
-        scenes, _ = self._words.write_each([session.sequence for session in sessions], states_SH, before)
+    def _read(
+        self,
+        sequences: Sequence[CachedSequence],
+        unread: Sequence[torch.Tensor],
+        writer: WordWriter | ActionWriter,
+        begun: Sequence[Sentence] | Sequence[Chunk],
+    ) -> list[torch.Tensor]:
+        """Put what is unread, and the guesses at what will be written behind it, through the trunk.
+
+        Returns of each sequence the states after the last that was unread and after each guess: (1 + k, H).
+        """
+        parts = [(sequence, torch.cat([rows, writer.ahead(one)])) for sequence, rows, one in zip(sequences, unread, begun, strict=True)]
+        read = self._trunk.extend_each(parts)
+        return [states_nH[-1 - len(one.ahead) :] for states_nH, one in zip(read, begun, strict=True)]
+
+    def _last_words(self, scenes: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """Embeddings of the last word of what each session sees, which its sequence does not hold yet, and of "begin of action"."""
         embeddings, begin = self.checkpoint.model.model.embed_tokens.weight, self.checkpoint.vocabulary.begin_action
-        last = [[self.scenes.ids(scene)[-1], begin] for scene in scenes]
-        parts = [(session.sequence, embeddings[ids]) for session, ids in zip(sessions, last, strict=True)]
-        return scenes, torch.stack([states_nH[-1] for states_nH in self._trunk.extend_each(parts)])
+        return [embeddings[[self.scenes.ids(scene)[-1], begin]] for scene in scenes]
 
     def _named(self, scene: np.ndarray) -> dict[str, float]:
         words = self.scenes.words
@@ -249,7 +263,7 @@ class Session:
         self.sequence = policy.new_sequence()
         self.generator = torch.Generator(policy.checkpoint.model.device)
         self._text: Text | None = None
-        self.scene: dict[str, float] | None = None  # what was seen last in this subtask
+        self.scene: np.ndarray | None = None  # what was seen last in this subtask, in bins
         self._past: list[list[Segment]] = []  # segments of each chunk of this subtask that is still shown
 
     def reset(self, instruction: str, *, task: str | None = None, seed: int | None = None) -> None:
@@ -320,7 +334,7 @@ class Session:
         """Of the chunk before, if there was one."""
         return self._past[-1][-1].ids if self._past else ()
 
-    def remember(self, chunk: list[Segment], scene: dict[str, float] | None) -> None:
+    def remember(self, chunk: list[Segment], scene: np.ndarray | None) -> None:
         """Add a chunk, and what was seen, to the past. Where the oldest must go, all after the instruction moves: the cache keeps that."""
         self._past.append(chunk)
         self.scene = scene

@@ -129,10 +129,14 @@ def writer():
 
 def _written(writer, guess):
     words, trunk, model = writer
-    sequence = trunk.sequence(64)
-    states = sequence.extend(model.model.embed_tokens.weight[[65, 66, 67]].detach())
-    (bins,), (passes,) = words.write_each([sequence], states[-1][None], [guess])
-    return bins, passes, sequence
+    sequence, sentence, passes = trunk.sequence(64), words.begin(guess), []
+    prompt = model.model.embed_tokens.weight[[65, 66, 67]].detach()
+    states = sequence.extend(torch.cat([prompt, words.ahead(sentence)]))[2:]
+    extend = trunk.extend_each
+    trunk.extend_each = lambda parts: passes.append(parts) or extend(parts)
+    (bins,) = words.write_each([sequence], [sentence], [states])
+    trunk.extend_each = extend
+    return bins, len(passes), sequence
 
 
 def test_words_are_the_likeliest_one_after_another(writer):
@@ -157,8 +161,8 @@ def test_guesses_change_no_word(writer, wrong):
     guess[list(wrong)] = (guess[list(wrong)] + 1) % 6
     again, fewer, same = _written(writer, guess)
     assert again.tolist() == bins.tolist() and same.length == sequence.length
-    # The first word is known before any guess goes in, and the last guess is of no use: nothing stands behind it.
-    assert fewer == 1 if set(wrong) <= {0, 5} else 1 < fewer <= 5
+    # Guesses are read with the prompt; the last is of no use, nothing stands behind it.
+    assert fewer == 0 if set(wrong) <= {5} else 1 <= fewer <= 5
     following = writer[2].model.embed_tokens.weight[[70]].detach()
     torch.testing.assert_close(same.extend(following), sequence.extend(following), atol=1e-4, rtol=1e-4)
 

@@ -38,9 +38,9 @@ class WrittenChunk:
 
 
 @dataclass
-class _Chunk:
+class Chunk:
     """A chunk as far as it is written. state: the grammar's. guess: of all ids, those written included. ahead: guesses that stand in the
-    sequence behind the id last written."""
+    sequence behind the id last written, or behind "begin of action"."""
 
     state: int
     guess: list[int]
@@ -70,25 +70,35 @@ class ActionWriter:
         The sequence then holds all ids but the last: nothing was asked after it, and end of chunk is all that may follow.
         Raises DecodingFailed.
         """
-        return self.write_each([sequence], state_H[None], [generator])[0]
+        return self.write_each([sequence], [self.begin()], [state_H[None]], [generator])[0]
+
+    def begin(self, guess: Sequence[int] = (), prefix: CommittedPrefix | None = None) -> Chunk:
+        """A chunk of which nothing is written.
+
+        guess: ids that may be right, such as the chunk's before; they change the time alone. prefix: what is decided already; ids are then
+        chosen as both the model and the prefix have it, and "entropy" and "probability" are of that choice.
+        """
+        chunk = Chunk(self._grammar.start(), list(guess), prefix=prefix)
+        chunk.ahead = self._permitted(chunk)
+        return chunk
+
+    def ahead(self, chunk: Chunk) -> torch.Tensor:
+        """Embeddings (k, H) of its guesses, to go through the trunk with what stands before them."""
+        return self._embeddings[chunk.ahead]
 
     @torch.inference_mode()
     def write_each(
         self,
         sequences: Sequence[CachedSequence],
-        states_SH: torch.Tensor,
+        chunks: Sequence[Chunk],
+        states: Sequence[torch.Tensor],
         generators: Sequence[torch.Generator | None],
-        prefixes: Sequence[CommittedPrefix | None] | None = None,
-        guesses: Sequence[Sequence[int]] | None = None,
     ) -> list[WrittenChunk]:
         """What `write` gives for each sequence, one step of all at a time. Raises DecodingFailed.
 
-        prefixes: of each chunk what is decided already; its ids are then chosen as both the model and the prefix have it, and "entropy"
-        and "probability" are of that choice. guesses: ids that may be right, such as the chunk's before; they change the time alone.
+        chunks: begun, their guesses behind "begin of action" in the sequences. states: of each (1 + k, H), after that and after each guess.
         """
-        each = zip(guesses or [()] * len(sequences), prefixes or [None] * len(sequences), strict=True)
-        chunks = [_Chunk(self._grammar.start(), list(guess), prefix=prefix) for guess, prefix in each]
-        unfinished, states = list(range(len(chunks))), [row_H[None] for row_H in states_SH]
+        unfinished, states = list(range(len(chunks))), list(states)
         while True:
             self._go_on(
                 [chunks[number] for number in unfinished],
@@ -108,7 +118,7 @@ class ActionWriter:
 
     def _go_on(
         self,
-        chunks: Sequence[_Chunk],
+        chunks: Sequence[Chunk],
         logits_RV: torch.Tensor,
         sequences: Sequence[CachedSequence],
         generators: Sequence[torch.Generator | None],
@@ -129,11 +139,11 @@ class ActionWriter:
         for chunk, sequence, of_chunk in zip(chunks, sequences, states, strict=True):
             self._take(chunk, sequence, list(islice(choices, len(of_chunk))))
 
-    def _states(self, chunk: _Chunk) -> list[int]:
+    def _states(self, chunk: Chunk) -> list[int]:
         """The grammar's, where each of the chunk's next ids is chosen."""
         return list(accumulate(chunk.ahead, self._grammar.advance, initial=chunk.state))
 
-    def _take(self, chunk: _Chunk, sequence: CachedSequence, choices: list[tuple[int, float, float]]) -> None:
+    def _take(self, chunk: Chunk, sequence: CachedSequence, choices: list[tuple[int, float, float]]) -> None:
         """Chosen ids, each with its log-probability and entropy: the first is certain, each other is if the guess before it was right."""
         written, ahead = len(chunk.ids), chunk.ahead
         right = next((at for at, guess in enumerate(ahead) if guess != choices[at][0]), len(ahead))
@@ -147,11 +157,14 @@ class ActionWriter:
         # What was put in behind the last right guess is of a chunk that is not written.
         sequence.truncate(sequence.length - (len(ahead) - right))
         chunk.guess[written : written + len(choices)] = [index for index, _, _ in choices]
-        chunk.ahead = self._permitted(chunk) if self._temperature == 0 and chunk.prefix is None else []
+        chunk.ahead = self._permitted(chunk)
 
-    def _permitted(self, chunk: _Chunk) -> list[int]:
-        """Of the next WINDOW guesses those that the grammar lets stand, except one that would end the chunk."""
+    def _permitted(self, chunk: Chunk) -> list[int]:
+        """Of the next WINDOW guesses those that the grammar lets stand, except one that would end the chunk. None where the likeliest id is
+        not what is taken."""
         ahead, state = [], chunk.state
+        if self._temperature or chunk.prefix is not None:
+            return ahead
         for index in chunk.guess[len(chunk.ids) : len(chunk.ids) + WINDOW]:
             if self._grammar.is_finished(state) or self._is_refused[self._grammar.row_of_state[state]][index]:
                 break

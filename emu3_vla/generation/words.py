@@ -31,31 +31,38 @@ class WordWriter:
         self._head = Product(model.lm_head.weight[self._ids_SB.flatten()])
         self._embeddings = model.model.embed_tokens.weight
 
+    def begin(self, guess: np.ndarray | None = None) -> Sentence:
+        """Words of which none is written. guess: bins that may be right; they change the time alone."""
+        somewhere = np.full(len(self.words.names), self.words.bins // 2)
+        sentence = Sentence(np.array(somewhere if guess is None else guess, np.int64))
+        sentence.ahead = sentence.guess[:-1].tolist()  # nothing stands behind the last
+        return sentence
+
+    def ahead(self, sentence: Sentence) -> torch.Tensor:
+        """Embeddings (k, H) of its guesses, to go through the trunk with what stands before them."""
+        return self._embeddings[self._ids(len(sentence.bins), sentence.ahead)]
+
     @torch.inference_mode()
     def write_each(
-        self, sequences: Sequence[CachedSequence], states_SH: torch.Tensor, guesses: Sequence[np.ndarray | None]
-    ) -> tuple[list[np.ndarray], list[int]]:
-        """Write all words behind each sequence. states_SH: after what it holds. guesses: bins that may be right, or None.
+        self, sequences: Sequence[CachedSequence], sentences: Sequence[Sentence], states: Sequence[torch.Tensor]
+    ) -> list[np.ndarray]:
+        """Write all words behind each sequence: the bins of each, uint16 (S,). The sequences then hold all words but the last.
 
-        Returns the bins of each, uint16 (S,), and how many passes each took. The sequences then hold all words but the last.
-        Raises DecodingFailed.
+        sentences: begun, their guesses in the sequences. states: of each (1 + k, H), after what stands before the words and after each
+        guess. Raises DecodingFailed.
         """
-        somewhere = np.full(len(self.words.names), self.words.bins // 2)
-        sentences = [_Sentence(np.array(somewhere if guess is None else guess, np.int64)) for guess in guesses]
-        states = [[row] for row in states_SH]
-        going = list(range(len(sentences)))
+        states, going = list(states), list(range(len(sentences)))
         while True:
             for number in going:
                 self._take(sentences[number], sequences[number], states[number])
             going = [number for number in going if len(sentences[number].bins) < len(self.words.names)]
             if not going:
-                return [np.array(sentence.bins, np.uint16) for sentence in sentences], [sentence.passes for sentence in sentences]
-            parts = [(sequences[number], self._embeddings[self._ids_of(sentences[number])]) for number in going]
+                return [np.array(sentence.bins, np.uint16) for sentence in sentences]
+            parts = [(sequences[number], self._embeddings[self._following(sentences[number])]) for number in going]
             for number, rows in zip(going, sequences[0].trunk.extend_each(parts), strict=True):
-                states[number] = list(rows)
-                sentences[number].passes += 1
+                states[number] = rows
 
-    def _take(self, sentence: _Sentence, sequence: CachedSequence, states: list[torch.Tensor]) -> None:
+    def _take(self, sentence: Sentence, sequence: CachedSequence, states: torch.Tensor) -> None:
         """Words behind these states: the first is certain, each other is if the guess that its state stands on was right."""
         first, ahead = len(sentence.bins), sentence.ahead
         chosen = self._likeliest(states, first)
@@ -66,14 +73,15 @@ class WordWriter:
         sentence.guess[first : first + len(chosen)] = chosen
         sentence.ahead = sentence.guess[len(sentence.bins) : len(self.words.names) - 1].tolist()
 
-    def _ids_of(self, sentence: _Sentence) -> torch.Tensor:
+    def _following(self, sentence: Sentence) -> torch.Tensor:
         """The word just written, and the guesses behind it."""
-        bins = [sentence.bins[-1], *sentence.ahead]
-        first = len(sentence.bins) - 1
-        return self._ids_SB[torch.arange(first, first + len(bins)), torch.tensor(bins)]
+        return self._ids(len(sentence.bins) - 1, [sentence.bins[-1], *sentence.ahead])
 
-    def _likeliest(self, states: list[torch.Tensor], first: int) -> list[int]:
-        rows = torch.stack(states)
+    def _ids(self, first: int, bins: list[int]) -> torch.Tensor:
+        """Of these bins of the entries from `first` on."""
+        return self._ids_SB[torch.arange(first, first + len(bins)), torch.tensor(bins, dtype=torch.long)]
+
+    def _likeliest(self, rows: torch.Tensor, first: int) -> list[int]:
         logits = self._head(F.pad(rows, (0, 0, 0, max(0, LEAST_ROWS - len(rows)))))[: len(rows)].float()
         if not torch.isfinite(logits).all():
             raise DecodingFailed("the model's logits hold NaN or infinity; its weights or its input are broken, and no action was made")
@@ -82,10 +90,9 @@ class WordWriter:
 
 
 @dataclass
-class _Sentence:
+class Sentence:
     """guess: of all bins, int64 (S,). bins: written so far. ahead: guesses that stand in the sequence behind the word last written."""
 
     guess: np.ndarray
     bins: list[int] = field(default_factory=list)
     ahead: list[int] = field(default_factory=list)
-    passes: int = 0

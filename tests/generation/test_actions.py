@@ -59,15 +59,17 @@ def test_guesses_change_nothing_but_the_time(loaded):
         alone, sequence = writer.write(trunk.sequence(300), state), trunk.sequence(300)
         tail = np.random.default_rng(seed).integers(0, loaded.vocabulary.action_size, 100).tolist()
         for guess in (alone.ids, alone.ids[:3] + tail, tail, alone.ids[1:], []):
-            passes = _count_passes(trunk)
             sequence.truncate(0)
-            (guessed,) = writer.write_each([sequence], state[None], [None], guesses=[guess])
+            chunk = writer.begin(guess)
+            states = torch.cat([state[None], sequence.extend(writer.ahead(chunk))]) if chunk.ahead else state[None]
+            passes = _count_passes(trunk)
+            (guessed,) = writer.write_each([sequence], [chunk], [states], [None])
             assert guessed.ids == alone.ids and sequence.length == len(alone.ids) - 1
             assert guessed.entropy == pytest.approx(alone.entropy, rel=1e-4)
             assert guessed.probability == pytest.approx(alone.probability, rel=1e-3)
             assert len(passes) <= len(alone.ids) - 1
             if guess is alone.ids:
-                assert len(passes) == -(-(len(alone.ids) - 1) // (WINDOW + 1))
+                assert len(passes) == -(-len(alone.ids) // (WINDOW + 1)) - 1
 
 
 def _count_passes(trunk: CachedTrunk) -> list:

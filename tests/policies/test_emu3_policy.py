@@ -31,7 +31,9 @@ def _felt_observation(seed: int) -> dict[str, np.ndarray]:
 def _watch_states(policy: Emu3Policy) -> list[torch.Tensor]:
     """The trunk's states after "begin of action", as decisions come to be made."""
     seen, write = [], policy._writer.write_each
-    policy._writer.write_each = lambda sequences, states, *rest, **more: seen.extend(states) or write(sequences, states, *rest, **more)
+    policy._writer.write_each = lambda sequences, chunks, states, *rest: (
+        seen.extend(rows[0] for rows in states) or write(sequences, chunks, states, *rest)
+    )
     return seen
 
 
