@@ -7,7 +7,10 @@ import pytest
 from emu3_vla import cli
 
 SAID = ("scene=envs.calvin.scene_numbers:SceneNumbers", "questions=envs.calvin.questions:Questions")
-TAUGHT = ("asked_fraction=0.1", "questions=4", "scene_fraction=0.85", "learn_codes=false", "model.code_dim=8", "model.hide_codes=0.1", "model.dropout=0.1")
+TAUGHT = (
+    *("asked_fraction=0.1", "questions=4", "scene_fraction=0.85"),
+    *("learn_codes=false", "model.code_dim=8", "model.hide_codes=0.1", "model.dropout=0.1"),
+)
 
 
 @pytest.fixture
