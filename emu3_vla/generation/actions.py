@@ -61,8 +61,7 @@ class ActionWriter:
         self._head = Product(model.lm_head.weight[start:end])
         self._embeddings = model.model.embed_tokens.weight[start:end].detach()
         self._grammar, self._temperature = grammar, temperature
-        self._is_refused = ~grammar.mask_rows
-        self._refused = torch.from_numpy(self._is_refused).to(self._embeddings.device)
+        self._refused = torch.from_numpy(~grammar.mask_rows).to(self._embeddings.device)
 
     def write(self, sequence: CachedSequence, state_H: torch.Tensor, generator: torch.Generator | None = None) -> WrittenChunk:
         """Write until the chunk is whole. state_H: the trunk's state after "begin of action"; generator: for temperature above 0.
@@ -166,7 +165,7 @@ class ActionWriter:
         if self._temperature or chunk.prefix is not None:
             return ahead
         for index in chunk.guess[len(chunk.ids) : len(chunk.ids) + WINDOW]:
-            if self._grammar.is_finished(state) or self._is_refused[self._grammar.row_of_state[state]][index]:
+            if self._grammar.is_finished(state) or not self._grammar.mask(state)[index]:
                 break
             state = self._grammar.advance(state, index)
             if self._grammar.is_finished(state):

@@ -19,7 +19,9 @@ import math
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -284,13 +286,7 @@ def train(config: TrainConfig) -> None:
     with _progress(console, disable=not leads) as progress:
         bar = progress.add_task("train", total=config.steps, completed=step, status="")
         running, skipped = Figures.zero(), 0
-        batches = prefetched(
-            lambda number: stream.batch(number, ours.data_rank, ours.data_count),
-            step,
-            config.steps,
-            workers=config.data_workers,
-            pinned=ours.device.type == "cuda",
-        )
+        batches = _batches(stream, ours, step, config)
         pace.start()
         while step < config.steps:
             model.train()
@@ -334,6 +330,12 @@ def train(config: TrainConfig) -> None:
         chosen = saver.best() if config.export == "best" else saver.newest()
         if leads:
             _export(output / "policy", config, model, optimizer, source, chosen, commit, ours.averaged_weights(chosen, optimizer))
+
+
+def _batches(stream: Stream | preference.PairStream, ours: team.Replicas, step: int, config: TrainConfig) -> Iterator[tuple]:
+    """This process's batches from `step` on, each with the seconds that were waited for it."""
+    make = partial(stream.batch, rank=ours.data_rank, processes=ours.data_count)
+    return prefetched(make, step, config.steps, workers=config.data_workers, pinned=ours.device.type == "cuda")
 
 
 def _step(

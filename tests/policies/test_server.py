@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -279,25 +280,30 @@ def in_threads(work, number):
     return results
 
 
+def answered_together(policy: Recording, server, clients: int, meanwhile: Callable[[], object] = lambda: None) -> list:
+    """Answers to clients that ask while the policy is busy with another one's request. meanwhile: is done before they ask."""
+    connections = [opened(server)[0] for _ in range(clients + 1)]
+    for connection in connections:
+        ask(connection, prompt="go", **seen())
+    policy.go.clear()
+    policy.entered.clear()
+    blocker = threading.Thread(target=ask, args=(connections[0],), kwargs=seen())
+    blocker.start()
+    assert policy.entered.wait(10)
+    meanwhile()
+    policy.batches.clear()
+    threading.Timer(0.2, policy.go.set).start()
+    answers = in_threads(lambda k: ask(connections[k + 1], **seen()), clients)
+    blocker.join(10)
+    for connection in connections:
+        connection.close()
+    return answers
+
+
 def test_simultaneous_requests_are_one_batch_and_one_that_breaks_is_alone():
     policy = Recording()
     with serving(policy) as server:
-        connections = [opened(server)[0] for _ in range(4)]
-        for connection in connections:
-            ask(connection, prompt="go", **seen())
-        policy.go.clear()
-        policy.entered.clear()
-        blocker = threading.Thread(target=ask, args=(connections[0],), kwargs=seen())
-        blocker.start()
-        assert policy.entered.wait(10)
-        policy.broken[2] = RuntimeError("the third")
-        policy.batches.clear()
-        later = threading.Timer(0.2, policy.go.set)
-        later.start()
-        answers = in_threads(lambda k: ask(connections[k + 1], **seen()), 3)
-        blocker.join(10)
-        for connection in connections:
-            connection.close()
+        answers = answered_together(policy, server, 3, lambda: policy.broken.update({2: RuntimeError("the third")}))
     assert 3 in policy.batches or 4 in policy.batches
     # Recording's batch is not undone when it breaks, as a real one's is: the first of it was asked twice.
     assert answers[1].startswith("PolicyFailed: RuntimeError") and all(isinstance(answers[k], dict) for k in (0, 2))
@@ -429,6 +435,9 @@ def test_token_of_the_environment(monkeypatch):
     monkeypatch.setenv("EMU3_VLA_TOKEN", "secret")
     with serving(Recording(), token="secret") as server:
         RemotePolicy(server.address).close()
+        monkeypatch.setenv("EMU3_VLA_TOKEN", "another")
+        with pytest.raises(NotAuthorized):
+            RemotePolicy(server.address)
 
 
 def test_pages_in_a_browser_are_kept_out():
@@ -598,18 +607,6 @@ def test_a_batch_that_fails_without_a_request_at_fault_is_in_the_log():
     policy = Recording()
     policy.infer_many = lambda sessions, observations: (_ for _ in ()).throw(RuntimeError("together"))
     with serving(policy) as server:
-        connections = [opened(server)[0] for _ in range(3)]
-        for connection in connections:
-            ask(connection, prompt="go", **seen())
-        policy.go.clear()
-        policy.entered.clear()
-        blocker = threading.Thread(target=ask, args=(connections[0],), kwargs=seen())
-        blocker.start()
-        assert policy.entered.wait(10)
-        threading.Timer(0.2, policy.go.set).start()
-        answers = in_threads(lambda k: ask(connections[k + 1], **seen()), 2)
-        blocker.join(10)
-        for connection in connections:
-            connection.close()
+        answers = answered_together(policy, server, 2)
     assert all("actions" in answer for answer in answers)
     assert [str(error) for error in server.failures] == ["together"]
