@@ -40,6 +40,7 @@ class BlockEmu3Config(Emu3TextConfig):
     depth_size: int = 128
     depth_layers: int = 2
     depth_heads: int = 4
+    state_per_code: bool = False  # the depth decoder reads the trunk's state anew for each code of a block; without: the same for all
 
 
 def build_config(vocabulary: CompactVocabulary, **sizes: Any) -> BlockEmu3Config:
@@ -52,7 +53,7 @@ def build_config(vocabulary: CompactVocabulary, **sizes: Any) -> BlockEmu3Config
         codebook_size=vocabulary.codebook_size,
         codes_per_block=vocabulary.codes_per_block,
         num_places=vocabulary.num_places,
-        **sizes,
+        **{"state_per_code": True} | sizes,
     )
     # On CPUs the fused attention's backward is slower than two plain matrix products (a third of a training step here).
     config._attn_implementation = "eager"
@@ -174,7 +175,9 @@ class DepthDecoder(nn.Module):
     def __init__(self, config: BlockEmu3Config):
         super().__init__()
         size = config.depth_size
-        self.state = nn.Linear(config.hidden_size, size, bias=False)
+        # To show a block of before again, each code needs its own part of the state.
+        self.states = config.codes_per_block if config.state_per_code else 1
+        self.state = nn.Linear(config.hidden_size, self.states * size, bias=False)
         self.codes = nn.Embedding(config.codebook_size, size)
         self.slots = nn.Embedding(config.codes_per_block, size)
         self.layers = nn.ModuleList(DepthLayer(size, config.depth_heads) for _ in range(config.depth_layers))
@@ -196,10 +199,10 @@ class DepthDecoder(nn.Module):
 
     def _logits(self, states_NH: torch.Tensor, before_NK: torch.Tensor) -> torch.Tensor:
         """Logits of the first K + 1 codes given the first K."""
-        state_ND = self.state(states_NH)
-        # The state joins every slot, not the first alone: a path past attention for what the whole block shares.
-        inputs = torch.cat([torch.zeros_like(state_ND)[:, None], self.codes(before_NK)], dim=1)
-        hidden = inputs + state_ND[:, None] + self.slots.weight[: inputs.shape[1]]
+        # The state joins every slot, not the first alone: a path past attention.
+        state_NSD = self.state(states_NH).unflatten(-1, (self.states, -1))[:, : before_NK.shape[1] + 1]
+        inputs = F.pad(self.codes(before_NK), (0, 0, 1, 0))
+        hidden = inputs + state_NSD + self.slots.weight[: inputs.shape[1]]
         for layer in self.layers:
             hidden = layer(hidden)
         return self.head(self.norm(hidden))

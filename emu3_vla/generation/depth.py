@@ -18,7 +18,7 @@ class DepthWriter:
     """The depth decoder's weights as `write` uses them. They are copied."""
 
     def __init__(self, depth: DepthDecoder, *, packed: bool = True):
-        self._state = Product(depth.state.weight, packed=packed)
+        self._state, self._states = Product(depth.state.weight, packed=packed), depth.states
         self._codes, self._slots = depth.codes.weight.detach(), depth.slots.weight.detach()
         self._layers = [_Layer(layer, packed) for layer in depth.layers]
         self._norm, self._head = depth.norm, Product(depth.head.weight, packed=packed)
@@ -27,17 +27,19 @@ class DepthWriter:
     def write(self, states_NH: torch.Tensor, choose: Callable[[torch.Tensor, int], torch.Tensor]) -> torch.Tensor:
         """Write blocks, one code after another: int64 (N, C). choose: logits float32 (N, K), number of the code -> codes (N,)."""
         blocks = len(states_NH)
-        state_ND = self._state(F.pad(states_NH, (0, 0, 0, max(0, LEAST_ROWS - blocks))))
-        slots, before = len(self._slots), torch.zeros_like(state_ND)
-        caches = [layer.cache(state_ND, slots) for layer in self._layers]
+        slots = len(self._slots)
+        states = self._state(F.pad(states_NH, (0, 0, 0, max(0, LEAST_ROWS - blocks))))
+        state_NCD = states.unflatten(-1, (self._states, -1)).expand(-1, slots, -1)
+        before = torch.zeros_like(state_NCD[:, 0])
+        caches = [layer.cache(before, slots) for layer in self._layers]
         written = torch.empty(blocks, slots, dtype=torch.long, device=states_NH.device)
         for number in range(slots):
-            hidden = before + state_ND + self._slots[number]
+            hidden = before + state_NCD[:, number] + self._slots[number]
             for layer, cache in zip(self._layers, caches, strict=True):
                 hidden = layer.step(hidden, cache, number)
             chosen = choose(self._head(self._norm(hidden))[:blocks].float(), number)
             written[:, number] = chosen
-            before = F.pad(self._codes[chosen], (0, 0, 0, len(state_ND) - blocks))
+            before = F.pad(self._codes[chosen], (0, 0, 0, len(before) - blocks))
         return written
 
 

@@ -23,7 +23,7 @@ from emu3_vla.vocabulary import CompactVocabulary, Emu3Vocabulary, load_vocabula
 if TYPE_CHECKING:
     from emu3_vla.training.loop import TrainConfig
 
-PLACES = "blocks.places.weight"
+PLACES, DEPTH_STATE = "blocks.places.weight", "depth.state.weight"
 WAVES = 6
 """Lengths of the waves that embeddings of numbers begin as: from four times the range, halved each time."""
 OF_TRAINING = ("dropout", "hide_codes")  # among model.*: another run may choose others
@@ -91,11 +91,13 @@ def _given_weights(folder: Path, model: BlockEmu3ForCausalLM | PlainEmu3ForCausa
     given = load_vocabulary(folder / checkpoint.MODEL / checkpoint.VOCABULARY)
     require_same_tokens(folder, given, source)
     _require_same_states(folder, source)
-    if given == source.vocabulary:
+    if not isinstance(model, BlockEmu3ForCausalLM):
         return checkpoint.load_weights(folder / checkpoint.MODEL, model.config, type(model))
-    other_places = copy.deepcopy(model.config)
-    other_places.num_places = given.num_places
-    weights = checkpoint.load_weights(folder / checkpoint.MODEL, other_places, type(model))
+    others = copy.deepcopy(model.config)
+    others.num_places, others.state_per_code = given.num_places, read_config(folder / checkpoint.MODEL).state_per_code
+    weights = checkpoint.load_weights(folder / checkpoint.MODEL, others, type(model))
+    if not others.state_per_code:  # the same for every code, to begin with
+        weights[DEPTH_STATE] = weights[DEPTH_STATE].repeat(others.codes_per_block, 1)
     return weights | {PLACES: stretched_places(weights[PLACES], given, source.vocabulary)}
 
 

@@ -5,7 +5,7 @@
     describe    both images, then what there is to see            (image → caption)
     film        instruction, then one camera's frames in time, without actions
     world       instruction, images, actions, the images after them, actions, ...   (the future is what is predicted)
-    ask         both images, questions and answers
+    ask         both images, questions and answers; in half of them the arm's state behind the images, where it is known
     act         instruction, images, actions, ...                 (the policy's documents)
     interleave  instruction, then moments in order: what there is to see, and its picture
 
@@ -22,7 +22,7 @@ import numpy as np
 
 from emu3_vla.documents import ActionChunk, End, Image, Segment, Text, forms
 from emu3_vla.number_words import SpelledNumbers
-from emu3_vla.training.stream import TokenizedEpisode, asked_texts, documents_of, images_of, said
+from emu3_vla.training.stream import FELT, TokenizedEpisode, asked_texts, documents_of, images_of, look_at, need_scenes, said
 from emu3_vla.vocabulary import Vocabulary
 from envs.spec import RGB_STATIC
 
@@ -35,7 +35,8 @@ class Material:
     """What documents are made of.
 
     texts: ids of each task's wordings. horizon: control steps of a chunk. chunks, moments, questions: most of each in a document.
-    states: how the arm's state is said before each chunk of `act`, where it is.
+    states: how the arm's state is said before each chunk of `act`, where it is. scenes: how what there is to see is said behind it, as a
+    target, in `scene_fraction` of those documents.
     """
 
     episodes: Sequence[TokenizedEpisode]
@@ -46,6 +47,11 @@ class Material:
     moments: int
     questions: int
     states: SpelledNumbers | None = None
+    scenes: SpelledNumbers | None = None
+    scene_fraction: float = 0.0
+
+    def __post_init__(self):
+        need_scenes(self.scene_fraction, self.scenes)
 
 
 @dataclass(frozen=True)
@@ -137,12 +143,15 @@ def _world(material: Material, episode: TokenizedEpisode, frames: tuple[int, ...
 
 def _ask(material: Material, episode: TokenizedEpisode, frames: tuple[int, ...], random: np.random.Generator) -> list[Segment]:
     questions = random.permutation(episode.asked.lengths_FQ2.shape[1])[: material.questions]
-    return forms.asked(images_of(episode, frames[0], supervised=False), asked_texts(episode, frames[0], questions))
+    states = material.states if material.states and random.random() < FELT else None
+    felt = said(states, episode.state_FS, frames[0], supervised=False)
+    return forms.asked([*images_of(episode, frames[0], supervised=False), *felt], asked_texts(episode, frames[0], questions))
 
 
 def _act(material: Material, episode: TokenizedEpisode, frames: tuple[int, ...], random: np.random.Generator) -> list[Segment]:
     instruction = _instruction(material, episode, random, supervised=False)
-    looks = [[*images_of(episode, frame), *said(material.states, episode.state_FS, frame, supervised=False)] for frame in frames]
+    scenes = material.scenes if material.scene_fraction and random.random() < material.scene_fraction else None
+    looks = [look_at(episode, frame, material.states, scenes) for frame in frames]
     chunks = [ActionChunk(episode.action_ids[frame], supervised=bool(episode.chunk_imitate[frame])) for frame in frames]
     return forms.acted([instruction], looks, chunks)
 

@@ -191,8 +191,8 @@ class TrainConfig:
             raise ValueError("preference.pairs and a mixture are two kinds of training; give one of them")
         if mixed and self.asked_fraction:
             raise ValueError(f"asked_fraction={self.asked_fraction} is of the acting stream; in a mixture it is mixture.ask")
-        if (mixed or preferred) and self.scene_fraction:
-            raise ValueError(f"scene_fraction={self.scene_fraction} is of the acting stream, without a mixture or preferences")
+        if self.scene_fraction and (preferred or (mixed and not self.mixture.act)):
+            raise ValueError(f"scene_fraction={self.scene_fraction} is of documents that act, and there are none: give mixture.act, or 0")
         if preferred and not self.init_from:
             raise ValueError("preferences are learnt against the weights that training starts from: name a checkpoint folder in init_from")
         if not 0 <= self.context <= self.model.max_position_embeddings:

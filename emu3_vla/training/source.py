@@ -78,6 +78,8 @@ class Source:
             moments=config.mixture.moments,
             questions=config.questions,
             states=self.states(),
+            scenes=self.scenes(),
+            scene_fraction=config.scene_fraction,
         )
         return MixtureStream(material, config.mixture.shares(), context=config.context, rows=config.batch_size, seed=config.seed)
 

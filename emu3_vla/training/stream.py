@@ -89,11 +89,7 @@ class DocumentStream:
         scenes: SpelledNumbers | None = None,
         scene_fraction: float = 0.0,
     ):
-        if scene_fraction and scenes is None:
-            raise ValueError(
-                f"scene_fraction={scene_fraction}, but the token store does not say what there is to see; "
-                "tokenize with scene=envs.calvin.scene_numbers:SceneNumbers"
-            )
+        need_scenes(scene_fraction, scenes)
         if asked_fraction and not all(episode.asked for episode in episodes):
             raise ValueError(
                 f"asked_fraction={asked_fraction}, but the token store holds no questions; "
@@ -220,17 +216,28 @@ class DocumentStream:
 
     def _look(self, episode: TokenizedEpisode, frame: int, seen: bool) -> list[Segment]:
         """What stands before a chunk's actions."""
-        return [
-            *images_of(episode, frame),
-            *said(self._states, episode.state_FS, frame, supervised=False),
-            *(said(self._scenes, episode.scene_FS, frame) if seen else ()),
-        ]
+        return look_at(episode, frame, self._states, self._scenes if seen else None)
+
+
+def need_scenes(scene_fraction: float, scenes: SpelledNumbers | None) -> None:
+    """Raises ValueError where a scene is to be said of which nothing is known."""
+    if scene_fraction and scenes is None:
+        raise ValueError(
+            f"scene_fraction={scene_fraction}, but the token store does not say what there is to see; "
+            "tokenize with scene=envs.calvin.scene_numbers:SceneNumbers"
+        )
 
 
 def images_of(episode: TokenizedEpisode, frame: int, supervised: bool = True) -> list[Image]:
     """What both cameras show at a frame."""
     static, gripper = episode.static_codes[frame], episode.gripper_codes[frame]
     return [Image(RGB_STATIC, static, supervised=supervised), Image(RGB_GRIPPER, gripper, supervised=supervised)]
+
+
+def look_at(episode: TokenizedEpisode, frame: int, states: SpelledNumbers | None, scenes: SpelledNumbers | None) -> list[Segment]:
+    """What stands before a chunk's actions: both images, and where they are said, the arm's state and what there is to see."""
+    felt = said(states, episode.state_FS, frame, supervised=False)
+    return [*images_of(episode, frame), *felt, *said(scenes, episode.scene_FS, frame)]
 
 
 def asked_texts(episode: TokenizedEpisode, frame: int, questions: Iterable[int]) -> list[Text]:

@@ -15,7 +15,7 @@ from emu3_vla.checkpoint import load
 from emu3_vla.data.tokens import ACTION, NORMALIZER, TEXT, VISION, TokenStore
 from emu3_vla.documents import IGNORE, Image, Text, pack
 from emu3_vla.emu3_text import Emu3TextTokenizer
-from emu3_vla.model import PlainEmu3ForCausalLM
+from emu3_vla.model import BlockEmu3ForCausalLM, PlainEmu3ForCausalLM, build_config
 from emu3_vla.training import figures, initial
 from emu3_vla.training.figures import LossConfig
 from emu3_vla.training.initial import ForeignTokens, stretched_places
@@ -79,6 +79,29 @@ def test_a_shipped_checkpoint_is_started_from_by_its_name(tmp_path):
     assert sized.model.block_hidden == stated.block_hidden and sized.model.hidden_size == stated.hidden_size
     with pytest.raises(FileNotFoundError, match="calvin-e is not a folder; .* the name of a shipped one"):
         initial.sized_as_init_from(TrainConfig(tokens=str(tmp_path), init_from="calvin-e"))
+
+
+def test_an_older_depth_decoder_is_widened_and_writes_the_same(tiny_store, tmp_path):
+    """Checkpoints of before each code read its own part of the state: all parts begin as the one that there was."""
+    config = tiny_tokens.config(tiny_store.path, tmp_path / "run", init_from=str(tmp_path / "older"))
+    source = open_source(config.tokens, 4)
+    torch.manual_seed(5)
+    older = BlockEmu3ForCausalLM(build_config(source.vocabulary, state_per_code=False, **config.model.arguments()))
+    checkpoint.save(
+        tmp_path / "older",
+        config=older.config,
+        weights=older.state_dict(),
+        vocabulary=source.vocabulary,
+        tokenizers=tiny_store.path,
+        policy=checkpoint.PolicySettings(history=0, trained_history=0, horizon=10, action_dim=7),
+        provenance={},
+    )
+    model = initial.new_model(config, source)
+    states, codes = torch.randn(5, model.config.hidden_size), torch.randint(0, 32, (5, 16))
+    assert model.depth.state.weight.shape[0] == 16 * older.depth.state.weight.shape[0]
+    torch.testing.assert_close(model.depth(states, codes), older.depth(states, codes))
+    loaded = load(tmp_path / "older").model
+    assert torch.equal(loaded.depth(states, codes), older.depth(states, codes)), "and reads as it is"
 
 
 def test_stretching_is_linear():

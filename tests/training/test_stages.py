@@ -134,6 +134,31 @@ def test_kinds_of_documents(kind, asked_store):
             assert 2 <= images <= 3 and not chunks and learnt == {"text", "special"}
 
 
+def test_acting_in_a_mixture_says_what_there_is_to_see(tmp_path):
+    """In the asked share of the documents, behind the images and the arm's state, as a target; questions feel the arm in half of them."""
+    store = tiny_tokens.tiny_store(tmp_path / "felt", shards=2, asked=True, felt=True)
+    source, stream = _stream(store, mixture=MixtureConfig(act=1, ask=1), scene_fraction=0.5, validation_fraction=0.5)
+    v, scene, state = source.vocabulary, source.scenes().single_ids().flatten(), source.states().single_ids().flatten()
+    said, felt = Counter(), Counter()
+    for step in range(20):
+        for ids, targets, _, _ in _documents(stream.batch(step)):
+            acts, spoken = bool((ids == v.begin_action).any()), np.isin(ids, scene)
+            said[acts, bool(spoken.any())] += 1
+            felt[acts, bool(np.isin(ids, state).any())] += 1
+            assert np.isin(targets[np.isin(targets, state)], []).all(), "the arm's state is given"
+            if spoken.any():
+                assert spoken.sum() == 3 * (ids == v.begin_action).sum() == np.isin(targets, scene).sum()
+    assert not said[False, True] and 0.4 < said[True, True] / (said[True, True] + said[True, False]) < 0.6
+    assert not felt[True, False] and 0.4 < felt[False, True] / (felt[False, True] + felt[False, False]) < 0.6
+
+
+def test_a_mixture_cannot_say_what_the_store_does_not(asked_store):
+    with pytest.raises(ValueError, match="the token store does not say what there is to see"):
+        _stream(asked_store, mixture=MixtureConfig(act=1), scene_fraction=0.5)
+    with pytest.raises(ValueError, match="there are none: give mixture.act"):
+        _stream(asked_store, mixture=MixtureConfig(ask=1), scene_fraction=0.5)
+
+
 def test_mixture_keeps_its_shares_and_fills_its_rows(asked_store):
     _, stream = _stream(asked_store, mixture=MixtureConfig(act=1, draw=3))
     begins = np.zeros(2)

@@ -130,8 +130,8 @@ def test_as_many_processes_start_as_are_asked_for(tiny_store, tmp_path, monkeypa
 
 def test_learns_what_the_pictures_say(tiny_store, tmp_path):
     """Which of four speeds it is follows from the picture alone; whoever looks away loses at least ln 4 nats a chunk."""
-    optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=5, ema_decay=0.9)
-    tiny_tokens.train(tiny_store.path, tmp_path, steps=60, validate_every=30, optimizer=optimizer)
+    optimizer = OptimizerConfig(learning_rate=4e-3, warmup_steps=5, ema_decay=0.9)
+    tiny_tokens.train(tiny_store.path, tmp_path, steps=100, validate_every=50, optimizer=optimizer)
     lengths = [len(ids) + 1 for episode in tiny_store.episodes() for ids in episode.action_ids]
     measured = [record["validation"] for record in _records(tmp_path) if "validation" in record]
     assert measured[-1]["loss_action"] < 0.75 * math.log(4) / np.mean(lengths)
