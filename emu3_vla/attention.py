@@ -27,6 +27,8 @@ alone never holds a document's whole square."""
 def confine(model: PreTrainedModel) -> None:
     """Let this model's trunk attend by documents."""
     model.config._attn_implementation = NAME
+    # It plans 9 ms for every new shape on the CPU, and groups of documents have new shapes in every batch.
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def document_attention(
@@ -46,13 +48,33 @@ def document_attention(
     if spans is None:
         return _causal(query_BhLd, key_BgLd, value_BgLd, scaling, dropout).transpose(1, 2), None
     parts = (query_BhLd, key_BgLd, value_BgLd)
-    query_Phd, key_Pgd, value_Pgd = (part.transpose(1, 2).flatten(0, 1) for part in parts)
-    out_Phd = torch.zeros_like(query_Phd)
-    for group in spans.groups:
-        shown = (part[group.index_NL].transpose(1, 2) for part in (query_Phd, key_Pgd, value_Pgd))
-        attended = _causal(*shown, scaling, dropout).transpose(1, 2).flatten(0, 1)
-        out_Phd = out_Phd.index_copy(0, group.at_K, attended[group.kept_K])
+    by_group = zip(*(_Gathered.apply(part.transpose(1, 2).flatten(0, 1), spans) for part in parts), strict=True)
+    out_Phd = query_BhLd.new_zeros(query_BhLd.shape[0] * query_BhLd.shape[2], *query_BhLd.shape[1::2])
+    if spans.groups:
+        attended = [_causal(*(part.transpose(1, 2) for part in shown), scaling, dropout).transpose(1, 2) for shown in by_group]
+        kept = [part.flatten(0, 1).index_select(0, group.kept_K) for part, group in zip(attended, spans.groups, strict=True)]
+        out_Phd = out_Phd.index_copy(0, torch.cat([group.at_K for group in spans.groups]), torch.cat(kept))
     return out_Phd.unflatten(0, (len(query_BhLd), -1)), None
+
+
+class _Gathered(torch.autograd.Function):
+    """What stands at the positions of each group: (P, ...) -> (N, L, ...) for each of `spans.groups`.
+
+    Indexing would do, but its backward sums over repeated positions: forward and backward of the attention take half as long again then.
+    Repeats only fill up shorter documents: nothing that is kept attends to them, so their gradients are zero.
+    """
+
+    @staticmethod
+    def forward(ctx, values_P: torch.Tensor, spans: Spans) -> tuple[torch.Tensor, ...]:
+        ctx.spans, ctx.positions = spans, len(values_P)
+        return tuple(values_P[group.index_NL] for group in spans.groups)
+
+    @staticmethod
+    def backward(ctx, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        summed_P = gradients[0].new_zeros(ctx.positions, *gradients[0].shape[2:])
+        for gradient, group in zip(gradients, ctx.spans.groups, strict=True):
+            summed_P.index_copy_(0, group.at_K, gradient.flatten(0, 1).index_select(0, group.kept_K))
+        return summed_P, None
 
 
 def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, dropout: float) -> torch.Tensor:
