@@ -22,7 +22,7 @@ from transformers import Emu3ForCausalLM, Emu3TextConfig
 
 from emu3_vla import attention
 from emu3_vla.cross_entropy import SLICE_LOGITS, check_targets, sliced_cross_entropy
-from emu3_vla.documents import IGNORE, Batch
+from emu3_vla.documents import IGNORE, NOTHING, Batch
 from emu3_vla.vocabulary import CompactVocabulary, Emu3Vocabulary
 
 
@@ -40,6 +40,7 @@ class BlockEmu3Config(Emu3TextConfig):
     depth_size: int = 128
     depth_layers: int = 2
     depth_heads: int = 4
+    recall: bool = False  # the depth decoder sees the block that stood at its place in the picture before
     state_per_code: bool = False  # the depth decoder reads the trunk's state anew for each code of a block; without: the same for all
 
 
@@ -53,7 +54,7 @@ def build_config(vocabulary: CompactVocabulary, **sizes: Any) -> BlockEmu3Config
         codebook_size=vocabulary.codebook_size,
         codes_per_block=vocabulary.codes_per_block,
         num_places=vocabulary.num_places,
-        **{"state_per_code": True} | sizes,
+        **{"recall": True, "state_per_code": True} | sizes,
     )
     # On CPUs the fused attention's backward is slower than two plain matrix products (a third of a training step here).
     config._attn_implementation = "eager"
@@ -179,30 +180,37 @@ class DepthDecoder(nn.Module):
         self.states = config.codes_per_block if config.state_per_code else 1
         self.state = nn.Linear(config.hidden_size, self.states * size, bias=False)
         self.codes = nn.Embedding(config.codebook_size, size)
+        # Most of a next picture is the one before again: what stood at a code's own place need not pass through the trunk.
+        self.before = nn.Embedding(config.codebook_size - NOTHING, size) if config.recall else None
         self.slots = nn.Embedding(config.codes_per_block, size)
         self.layers = nn.ModuleList(DepthLayer(size, config.depth_heads) for _ in range(config.depth_layers))
         self.norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
         self.head = nn.Linear(size, config.codebook_size, bias=False)
 
-    def forward(self, states_NH: torch.Tensor, codes_NC: torch.Tensor) -> torch.Tensor:
-        """Logits of each code given the state and the codes before it: (N, C, codebook_size)."""
-        return self._logits(states_NH, codes_NC[:, :-1])
+    def forward(self, states_NH: torch.Tensor, codes_NC: torch.Tensor, before_NC: torch.Tensor) -> torch.Tensor:
+        """Logits of each code given the state, what stood there in the picture before (documents.Layout), and the codes written so far:
+        (N, C, codebook_size)."""
+        return self._logits(states_NH, codes_NC[:, :-1], before_NC)
 
     @torch.no_grad()
-    def write(self, states_NH: torch.Tensor, choose: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def write(
+        self, states_NH: torch.Tensor, before_NC: torch.Tensor, choose: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
         """Write blocks, one code after another: int64 (N, C). choose: logits (N, codebook_size) -> codes (N,)."""
         codes = torch.empty(len(states_NH), 0, dtype=torch.long, device=states_NH.device)
         for _ in range(self.slots.num_embeddings):
-            chosen = choose(self._logits(states_NH, codes)[:, -1])
+            chosen = choose(self._logits(states_NH, codes, before_NC)[:, -1])
             codes = torch.cat([codes, chosen[:, None]], dim=1)
         return codes
 
-    def _logits(self, states_NH: torch.Tensor, before_NK: torch.Tensor) -> torch.Tensor:
+    def _logits(self, states_NH: torch.Tensor, written_NK: torch.Tensor, before_NC: torch.Tensor) -> torch.Tensor:
         """Logits of the first K + 1 codes given the first K."""
+        count = written_NK.shape[1] + 1
         # The state joins every slot, not the first alone: a path past attention.
-        state_NSD = self.state(states_NH).unflatten(-1, (self.states, -1))[:, : before_NK.shape[1] + 1]
-        inputs = F.pad(self.codes(before_NK), (0, 0, 1, 0))
-        hidden = inputs + state_NSD + self.slots.weight[: inputs.shape[1]]
+        state_NSD = self.state(states_NH).unflatten(-1, (self.states, -1))[:, :count]
+        hidden = F.pad(self.codes(written_NK), (0, 0, 1, 0)) + state_NSD + self.slots.weight[:count]
+        if self.before is not None:
+            hidden = hidden + self.before(before_NC[:, :count] - NOTHING)
         for layer in self.layers:
             hidden = layer(hidden)
         return self.head(self.norm(hidden))
@@ -254,5 +262,5 @@ def block_losses(model: BlockEmu3ForCausalLM, states_PH: torch.Tensor, batch: Ba
     """Cross-entropy of every code of the chosen blocks, float32 (len(chosen), C). chosen: int64, indices into the batch's N blocks."""
     codes = batch.codes_NC[chosen]
     # Never negative: a document opens with <bos> and an image with its begin token, so a block always has a position before it.
-    logits = model.depth(states_PH[batch.block_at_N[chosen] - 1], codes)
+    logits = model.depth(states_PH[batch.block_at_N[chosen] - 1], codes, batch.before_NC[chosen])
     return F.cross_entropy(logits.float().flatten(0, 1), codes.flatten(), reduction="none").view_as(codes)

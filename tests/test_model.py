@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import Emu3ForCausalLM
 
-from emu3_vla.documents import ActionChunk, Image, Text, collate
+from emu3_vla.documents import NOTHING, ActionChunk, Image, Text, collate
 from emu3_vla.model import BlockEmu3ForCausalLM, block_losses, build_config, token_losses
 from emu3_vla.vocabulary import CompactVocabulary, ImageGrid
 
@@ -48,12 +48,12 @@ def test_padding_and_neighbours_change_nothing(model):
 
 
 def test_each_code_is_predicted_from_those_before_it_alone(model):
-    states, codes = torch.randn(3, 32), torch.randint(0, 7, (3, 4))
-    logits = model.depth(states, codes)
+    states, codes, before = torch.randn(3, 32), torch.randint(0, 7, (3, 4)), torch.randint(NOTHING, 7, (3, 4))
+    logits = model.depth(states, codes, before)
     for slot in range(4):
         changed = codes.clone()
         changed[:, slot] = (changed[:, slot] + 1) % 7
-        again = model.depth(states, changed)
+        again = model.depth(states, changed, before)
         torch.testing.assert_close(again[:, : slot + 1], logits[:, : slot + 1])
         if slot < 3:
             assert not torch.allclose(again[:, slot + 1 :], logits[:, slot + 1 :])
@@ -62,15 +62,16 @@ def test_each_code_is_predicted_from_those_before_it_alone(model):
 def test_probabilities_of_all_blocks_add_up_to_one(model):
     """The chain rule is exact: summed over every possible block, exp(-loss) is 1."""
     every = torch.cartesian_prod(*[torch.arange(7)] * 4)
-    log_p = model.depth(torch.randn(1, 32).expand(len(every), -1), every).log_softmax(-1)
+    before = torch.tensor([[2, NOTHING, 0, 6]]).expand(len(every), -1)
+    log_p = model.depth(torch.randn(1, 32).expand(len(every), -1), every, before).log_softmax(-1)
     total = log_p.gather(-1, every[..., None]).squeeze(-1).sum(1).exp().sum()
     assert total.item() == pytest.approx(1, abs=1e-4)
 
 
 def test_written_blocks_are_the_likeliest_codes(model):
-    states = torch.randn(5, 32)
-    codes = model.depth.write(states, lambda logits: logits.argmax(-1))
-    torch.testing.assert_close(model.depth(states, codes).argmax(-1), codes)
+    states, before = torch.randn(5, 32), torch.randint(NOTHING, 7, (5, 4))
+    codes = model.depth.write(states, before, lambda logits: logits.argmax(-1))
+    torch.testing.assert_close(model.depth(states, codes, before).argmax(-1), codes)
 
 
 def test_losses_look_at_supervised_positions(model):
@@ -86,7 +87,7 @@ def test_losses_look_at_supervised_positions(model):
 def test_block_loss_reads_the_state_before_the_block(model):
     batch = collate([_document()], V)
     states = model.states(batch)
-    first = model.depth(states[3:4], batch.codes_NC[:1]).log_softmax(-1)  # position 3 holds "begin of image"
+    first = model.depth(states[3:4], batch.codes_NC[:1], batch.before_NC[:1]).log_softmax(-1)  # position 3 holds "begin of image"
     losses = block_losses(model, states, batch, torch.tensor([0]))
     torch.testing.assert_close(losses[0], -first[0, range(4), batch.codes_NC[0]])
 

@@ -7,6 +7,7 @@ from small_emu3 import logits
 
 import emu3_vla
 from emu3_vla.checkpoint import CheckpointError
+from emu3_vla.documents import NOTHING
 from emu3_vla.export import export
 from emu3_vla.lora import LoraError, attach
 from emu3_vla.quantization import QuantizationError, is_quantized, nbytes, quantize
@@ -60,7 +61,7 @@ def test_vision_blocks_and_depth_decoder_are_kept(tiny_checkpoint):
     report = quantize(loaded.model, "int8")
     assert all(name.startswith(("model.layers.", "lm_head")) for name in report.quantized)
     assert "depth.head" in report.kept and "blocks.merge" in report.kept
-    codes = loaded.model.depth.write(torch.zeros(1, 64), lambda scores: scores.argmax(1))
+    codes = loaded.model.depth.write(torch.zeros(1, 64), torch.full((1, 16), NOTHING), lambda scores: scores.argmax(1))
     assert codes.shape == (1, loaded.vocabulary.codes_per_block)
 
 

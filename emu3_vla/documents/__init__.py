@@ -13,7 +13,7 @@ A compact one, where the name of an image says its size and every chunk follows 
     <bos> instruction <begin image static> codes <begin image gripper> codes <begin action> action ids <end of chunk>
 """
 
-from emu3_vla.documents.layout import IGNORE, LENGTH_MULTIPLE, Batch, Layout, collate, lay_out, length_of, pack, plan_rows
+from emu3_vla.documents.layout import IGNORE, LENGTH_MULTIPLE, NOTHING, Batch, Layout, collate, lay_out, length_of, pack, plan_rows
 from emu3_vla.documents.prompts import Prompts, generation_grid, without_text
 from emu3_vla.documents.segments import (
     ActionChunk,
@@ -40,6 +40,7 @@ __all__ = [
     "IGNORE",
     "KINDS",
     "LENGTH_MULTIPLE",
+    "NOTHING",
     "PRESETS",
     "ActionChunk",
     "Batch",

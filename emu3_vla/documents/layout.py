@@ -32,6 +32,9 @@ from emu3_vla.vocabulary import CompactVocabulary, Vocabulary
 IGNORE = -100
 """Target of positions after which nothing is supervised: padding, disturbed chunks, prompts, and positions before a block."""
 
+NOTHING = -1
+"""Codes of a block where no picture of its name came before."""
+
 LENGTH_MULTIPLE = 8
 """Batches are padded to this, so that compiled code and matrix kernels meet few distinct shapes."""
 
@@ -45,7 +48,8 @@ class Layout:
     ids: int64 (L,); `pad` where a block stands. targets: int64 (L,), the next id, or IGNORE. weights: float32 (L,), of each target in the
     loss, 0 where it is IGNORE. kinds: int8 (L,), of each target, an index into KINDS. codes: int64 (N, C), row by row within a block.
     block_at: int64 (N,), positions of the blocks, ascending; the position before a block predicts it. block_weights: float32 (N,), of
-    each block's codes in the loss, 0 where they are not supervised. places: int64 (N,), see CompactVocabulary.places.
+    each block's codes in the loss, 0 where they are not supervised. places: int64 (N,), see CompactVocabulary.places. before: int64 (N, C),
+    codes of the last block that stood at the same place in this document, or NOTHING.
     """
 
     ids: np.ndarray
@@ -56,6 +60,7 @@ class Layout:
     block_at: np.ndarray
     block_weights: np.ndarray
     places: np.ndarray
+    before: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +80,7 @@ class Batch:
     weights_BL: torch.Tensor
     kinds_BL: torch.Tensor
     codes_NC: torch.Tensor
+    before_NC: torch.Tensor
     places_N: torch.Tensor
     block_at_N: torch.Tensor
     block_weights_N: torch.Tensor
@@ -136,7 +142,8 @@ def lay_out(segments: Sequence[Segment], vocabulary: Vocabulary, weights: LossWe
         codes=codes.reshape(-1, vocabulary.codes_per_block),
         block_at=block_at,
         block_weights=block_weights,
-        places=_places(segments, vocabulary, len(block_at)),
+        places=(places := _places(segments, vocabulary, len(block_at))),
+        before=_before(places, codes.reshape(-1, vocabulary.codes_per_block), vocabulary),
     )
 
 
@@ -186,7 +193,8 @@ def _assemble(
         ids[own], targets[own], target_weights[own], kinds[own] = layout.ids, layout.targets, layout.weights, layout.kinds
     nothing = np.zeros(0, np.int64)  # rows may be empty
     block_at = [nothing, *(layout.block_at + start for start, layout in zip(starts.tolist(), layouts, strict=True))]
-    codes = [nothing.reshape(0, vocabulary.codes_per_block), *(layout.codes for layout in layouts)]
+    no_codes = nothing.reshape(0, vocabulary.codes_per_block)
+    codes, before = ([no_codes, *(getattr(layout, name) for layout in layouts)] for name in ("codes", "before"))
     block_weights = [nothing.astype(np.float32), *(layout.block_weights for layout in layouts)]
     return Batch(
         ids_BL=torch.from_numpy(ids).view(shape),
@@ -194,6 +202,7 @@ def _assemble(
         weights_BL=torch.from_numpy(target_weights).view(shape),
         kinds_BL=torch.from_numpy(kinds).view(shape),
         codes_NC=torch.from_numpy(np.concatenate(codes)),
+        before_NC=torch.from_numpy(np.concatenate(before)),
         places_N=torch.from_numpy(np.concatenate([nothing, *(layout.places for layout in layouts)])),
         block_at_N=torch.from_numpy(np.concatenate(block_at)),
         block_weights_N=torch.from_numpy(np.concatenate(block_weights)),
@@ -254,3 +263,13 @@ def _places(segments: Sequence[Segment], vocabulary: Vocabulary, blocks: int) ->
     images = [segment for segment in segments if isinstance(segment, Image)]
     places = [in_order(image, np.asarray(vocabulary.places(image.name)), vocabulary.block_size) for image in images]
     return np.concatenate([np.arange(0), *places])
+
+
+def _before(places: np.ndarray, codes: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    """Of each block the codes of the last one before it at its place: int64 (N, C), NOTHING where there is none."""
+    before = np.full_like(codes, NOTHING)
+    if isinstance(vocabulary, CompactVocabulary):
+        in_turn = np.argsort(places, kind="stable")
+        again = places[in_turn[1:]] == places[in_turn[:-1]]
+        before[in_turn[1:][again]] = codes[in_turn[:-1][again]]
+    return before

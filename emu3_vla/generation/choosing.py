@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from emu3_vla.documents import NOTHING
 from emu3_vla.generation.cache import LEAST_ROWS, Product
 from emu3_vla.generation.depth import DepthWriter
 from emu3_vla.generation.grammar import Block, Choice, Item
@@ -25,9 +26,13 @@ PACKED_IDS = 65_536
 """Largest slice of the head that is laid out anew for the CPU; a larger one is read where it is, not to hold it twice."""
 
 
+Codes = tuple[int, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Ask:
-    """One item to be chosen. number: which of its request's. state, negative: (H,); negative: the null prompt's, for guidance."""
+    """One item to be chosen. number: which of its request's. state, negative: (H,); negative: the null prompt's, for guidance. before,
+    negative_before: what stood at a block's place last, in either's items; see documents.Layout."""
 
     choice: Choice
     sampling: Sampling
@@ -35,6 +40,8 @@ class Ask:
     state: torch.Tensor
     negative: torch.Tensor | None = None
     scale: float = 1.0
+    before: Codes | None = None
+    negative_before: Codes | None = None
 
 
 class Chooser:
@@ -89,6 +96,9 @@ class Chooser:
         guided_at = [at for at, ask in enumerate(asks) if ask.negative is not None]
         states = torch.stack([*(ask.state for ask in asks), *(asks[at].negative for at in guided_at)])
         samplings = [ask.sampling for ask in asks]
+        before = [*(ask.before for ask in asks), *(asks[at].negative_before for at in guided_at)]
+        nothing = (NOTHING,) * self._depth.slots
+        before_NC = torch.tensor([codes or nothing for codes in before], device=states.device)
 
         def pick(logits_NK: torch.Tensor, number: int) -> torch.Tensor:
             own, negative = logits_NK[: len(asks)], logits_NK[len(asks) :]
@@ -98,7 +108,7 @@ class Chooser:
             chosen = torch.tensor(choose(own, samplings, [(ask.number, number) for ask in asks]), device=own.device)
             return torch.cat([chosen, chosen[guided_at]])
 
-        codes = self._depth.write(states, pick)[: len(asks)].tolist()
+        codes = self._depth.write(states, before_NC, pick)[: len(asks)].tolist()
         return [Block(ask.choice.place, tuple(row)) for ask, row in zip(asks, codes, strict=True)]
 
     def _slice(self, start: int, stop: int) -> Product:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from emu3_vla.documents import NOTHING
 from emu3_vla.generation.cache import LEAST_ROWS, Product
 from emu3_vla.model import DepthDecoder, DepthLayer
 
@@ -20,26 +21,37 @@ class DepthWriter:
     def __init__(self, depth: DepthDecoder, *, packed: bool = True):
         self._state, self._states = Product(depth.state.weight, packed=packed), depth.states
         self._codes, self._slots = depth.codes.weight.detach(), depth.slots.weight.detach()
+        self._before = None if depth.before is None else depth.before.weight.detach()
         self._layers = [_Layer(layer, packed) for layer in depth.layers]
         self._norm, self._head = depth.norm, Product(depth.head.weight, packed=packed)
 
+    @property
+    def slots(self) -> int:
+        """Codes of a block."""
+        return len(self._slots)
+
     @torch.inference_mode()
-    def write(self, states_NH: torch.Tensor, choose: Callable[[torch.Tensor, int], torch.Tensor]) -> torch.Tensor:
-        """Write blocks, one code after another: int64 (N, C). choose: logits float32 (N, K), number of the code -> codes (N,)."""
+    def write(
+        self, states_NH: torch.Tensor, before_NC: torch.Tensor, choose: Callable[[torch.Tensor, int], torch.Tensor]
+    ) -> torch.Tensor:
+        """Write blocks, one code after another: int64 (N, C). before_NC: see documents.Layout. choose: logits float32 (N, K), number of the
+        code -> codes (N,)."""
         blocks = len(states_NH)
-        slots = len(self._slots)
+        slots = self.slots
         states = self._state(F.pad(states_NH, (0, 0, 0, max(0, LEAST_ROWS - blocks))))
-        state_NCD = states.unflatten(-1, (self._states, -1)).expand(-1, slots, -1)
-        before = torch.zeros_like(state_NCD[:, 0])
-        caches = [layer.cache(before, slots) for layer in self._layers]
+        given_NCD = states.unflatten(-1, (self._states, -1)) + self._slots
+        if self._before is not None:
+            given_NCD[:blocks] += self._before[before_NC - NOTHING]
+        last_ND = torch.zeros_like(given_NCD[:, 0])
+        caches = [layer.cache(last_ND, slots) for layer in self._layers]
         written = torch.empty(blocks, slots, dtype=torch.long, device=states_NH.device)
         for number in range(slots):
-            hidden = before + state_NCD[:, number] + self._slots[number]
+            hidden = last_ND + given_NCD[:, number]
             for layer, cache in zip(self._layers, caches, strict=True):
                 hidden = layer.step(hidden, cache, number)
             chosen = choose(self._head(self._norm(hidden))[:blocks].float(), number)
             written[:, number] = chosen
-            before = F.pad(self._codes[chosen], (0, 0, 0, len(before) - blocks))
+            last_ND = F.pad(self._codes[chosen], (0, 0, 0, len(last_ND) - blocks))
         return written
 
 

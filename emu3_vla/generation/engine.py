@@ -72,6 +72,11 @@ class Lane:
         self.keep(length)
         self.pending, self.busy = prompt[length:], True
 
+    def last(self, place: int, without: int) -> tuple[int, ...] | None:
+        """Codes of the last block at a place, the last `without` items left out; None where there is none."""
+        held = self.held[: len(self.held) - without]
+        return next((item.codes for item in reversed(held) if isinstance(item, Block) and item.place == place), None)
+
     def keep(self, length: int) -> None:
         self.sequence.truncate(length)
         del self.held[length:]
@@ -136,9 +141,12 @@ class Run:
         return self.written[began:]
 
     def _ask(self, state: int, at: int, states: list[torch.Tensor]) -> Ask:
-        guidance = self.request.guidance
-        negative = (states[1], guidance.scale) if guidance else ()
-        return Ask(self.grammar.choice(state), self.request.sampling, len(self.written) - self.begin + at, states[0], *negative)
+        choice, guidance = self.grammar.choice(state), self.request.guidance
+        negative = {"negative": states[1], "scale": guidance.scale} if guidance else {}
+        if choice.place is not None:
+            names = ("before", "negative_before")
+            negative |= {name: lane.last(choice.place, len(self.guesses) - at) for name, lane in zip(names, self.lanes, strict=False)}
+        return Ask(choice, self.request.sampling, len(self.written) - self.begin + at, states[0], **negative)
 
     def _write(self, item: Item) -> None:
         self.state = self.grammar.advance(self.state, item)

@@ -23,7 +23,7 @@ from emu3_vla.vocabulary import CompactVocabulary, Emu3Vocabulary, load_vocabula
 if TYPE_CHECKING:
     from emu3_vla.training.loop import TrainConfig
 
-PLACES, DEPTH_STATE = "blocks.places.weight", "depth.state.weight"
+PLACES, DEPTH_STATE, DEPTH_BEFORE = "blocks.places.weight", "depth.state.weight", "depth.before.weight"
 WAVES = 6
 """Lengths of the waves that embeddings of numbers begin as: from four times the range, halved each time."""
 OF_TRAINING = ("dropout", "hide_codes")  # among model.*: another run may choose others
@@ -49,6 +49,11 @@ def new_model(config: TrainConfig, source: Source) -> BlockEmu3ForCausalLM | Pla
         model.blocks.codes.weight.requires_grad_(config.learn_codes)
     elif not config.learn_codes:
         raise ValueError("learn_codes=false keeps the embeddings of codes in blocks; Emu3's own vocabulary has none")
+    if config.only_depth:
+        if not isinstance(model, BlockEmu3ForCausalLM):
+            raise ValueError("only_depth=true, but Emu3's own vocabulary has no depth decoder: its codes are ids like any other")
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith("depth."))
     if config.context:
         attention.confine(model)
     return model
@@ -94,10 +99,13 @@ def _given_weights(folder: Path, model: BlockEmu3ForCausalLM | PlainEmu3ForCausa
     if not isinstance(model, BlockEmu3ForCausalLM):
         return checkpoint.load_weights(folder / checkpoint.MODEL, model.config, type(model))
     others = copy.deepcopy(model.config)
-    others.num_places, others.state_per_code = given.num_places, read_config(folder / checkpoint.MODEL).state_per_code
+    written = read_config(folder / checkpoint.MODEL)
+    others.num_places, others.state_per_code, others.recall = given.num_places, written.state_per_code, written.recall
     weights = checkpoint.load_weights(folder / checkpoint.MODEL, others, type(model))
     if not others.state_per_code:  # the same for every code, to begin with
         weights[DEPTH_STATE] = weights[DEPTH_STATE].repeat(others.codes_per_block, 1)
+    if not others.recall:
+        weights[DEPTH_BEFORE] = torch.zeros_like(model.depth.before.weight)
     return weights | {PLACES: stretched_places(weights[PLACES], given, source.vocabulary)}
 
 

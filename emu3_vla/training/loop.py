@@ -122,6 +122,7 @@ class TrainConfig:
     codes_from_tokenizer: bool = True  # new embeddings of codes begin as the vision tokenizer's code vectors, projected
     learn_codes: bool = True  # false: they stay so
     init_from: str = ""  # a checkpoint whose weights to start from, a folder or a shipped name; it brings its model.* sizes
+    only_depth: bool = False  # the depth decoder of init_from alone learns: pictures get better, and acting and answers stay what they are
     lora_rank: int = 0  # of adapters that learn in place of the weights of init_from; 0: all weights learn
     lora_alpha: float = 32.0  # an adapter's output is scaled by lora_alpha / lora_rank
     validation_fraction: float = 0.05  # of the shards
@@ -159,6 +160,11 @@ class TrainConfig:
             raise ValueError(f"samples_every={self.samples_every} writes into held-out documents, and preference.pairs has pairs instead")
         if self.precision not in DTYPES:
             raise ValueError(f"precision is {self.precision!r}, expected one of {', '.join(DTYPES)}")
+        if self.only_depth and not (self.init_from and self.loss.vision_weight and not self.lora_rank):
+            raise ValueError(
+                "only_depth=true learns to write the pictures of a checkpoint: name it in init_from, with loss.vision_weight above 0, "
+                "without lora_rank"
+            )
         if self.lora_rank and not self.init_from:
             raise ValueError(f"lora_rank={self.lora_rank} adapts given weights: name a checkpoint folder in init_from")
         if self.lora_rank:
@@ -463,7 +469,7 @@ def _progress(console: Console, disable: bool) -> Progress:
 
 def _merged(averaged: dict[str, torch.Tensor], output: Path, config: TrainConfig, source: Source) -> dict[str, torch.Tensor]:
     """What the policy gets, float32. Adapters are merged into the weights that they adapt, and kept in adapter/ too."""
-    if not config.lora_rank and config.learn_codes:
+    if not config.lora_rank and config.learn_codes and not config.only_depth:
         return averaged
     model = _new_model(config, source)  # the weights in use were rounded
     if not config.lora_rank:

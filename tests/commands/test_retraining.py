@@ -1,4 +1,5 @@
-"""The shipped policy's way, step by step as docs/training.md has it, with debug presets: from nothing to a policy that was at the wheel."""
+"""The shipped policy's way, step by step as docs/training.md has it, with debug presets: from nothing to a policy that was at the wheel and
+does the rest too."""
 
 import json
 
@@ -34,12 +35,15 @@ def test_a_policy_is_made_as_the_shipped_one_was(run, tmp_path):
     run("collect", "output_dir=driven", "seed=8", "shards=2", "chains_per_shard=1", "balanced=true", "chain_length=1", *wheel)
     run("tokenize", "output_dir=all_tokens", "episodes=[seen_D,driven]", "checkpoint=first/policy", *SAID)
     run("train", "output_dir=second", "tokens=all_tokens", "init_from=first/policy", "optimizer.muon_learning_rate=0.005", *TAUGHT)
-    run("eval", "output_dir=results", "policy=second/policy", "eval.num_sequences=1", "eval.max_steps=20", "eval.workers=1")
+    sizes = ("model.code_dim=8", "model.block_hidden=512")  # the first training's
+    joint = ("preset=stage/joint,stage/debug", "tokens=all_tokens", "init_from=second/policy", "scene_fraction=0.85", *sizes)
+    assert cli.main(["train", "output_dir=joint", *joint]) == 0
+    run("eval", "output_dir=results", "policy=joint/policy", "eval.num_sequences=1", "eval.max_steps=20", "eval.workers=1")
 
     results = json.loads((tmp_path / "results" / "results.json").read_text())
     assert results["errors"] == 0 and results["num_sequences"] == 1
-    provenance = json.loads((tmp_path / "second" / "policy" / "provenance.json").read_text())
-    assert provenance["command"] == "train" and provenance["config"]["init_from"] == "first/policy"
+    provenance = json.loads((tmp_path / "joint" / "policy" / "provenance.json").read_text())
+    assert provenance["command"] == "train" and provenance["config"]["init_from"] == "second/policy"
     demonstrated, driven = provenance["token_store"]["episodes"]
     assert (demonstrated["store"], demonstrated["seed"], demonstrated["shards"]) == ("seen_D", 0, 2)
     assert (driven["seed"], driven["driver"], driven["balanced"]) == (8, "first/policy", True)

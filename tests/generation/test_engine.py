@@ -7,7 +7,8 @@ import torch
 from block_models import block_model
 from transformers import GenerationConfig
 
-from emu3_vla.documents import ActionChunk, Image, OpenImage, Text, collate, length_of, parse, write
+from emu3_vla.documents import NOTHING, ActionChunk, Image, OpenImage, Text, collate, from_blocks, parse, write
+from emu3_vla.generation.drafts import repeat_last
 from emu3_vla.generation.engine import Engine, EngineConfig, PromptTooLong
 from emu3_vla.generation.grammar import Grammar
 from emu3_vla.generation.items import PromptError
@@ -183,22 +184,27 @@ def test_lossy_decoding_is_faster_and_well_formed(model):
 # -- blocks
 
 
-def test_blocks_are_written_as_the_depth_decoder_writes_them():
-    """The engine's cached trunk and depth decoder against the model itself, the whole document computed anew for every block."""
+@pytest.mark.parametrize("parallel", [None, Parallel(window=3, draft=repeat_last)])
+@pytest.mark.parametrize("shown", [0, 1, 2])
+def test_blocks_are_written_as_the_depth_decoder_writes_them(shown, parallel):
+    """The engine's cached trunk and depth decoder against the model itself, the whole document computed anew for every block, whose
+    depth decoder sees the last of the pictures before."""
     model, vocabulary = block_model()
-    engine = Engine(model, vocabulary, SMALL)
-    text = Text([1, 2, 3])
+    engine, random = Engine(model, vocabulary, SMALL), np.random.default_rng(shown)
+    before = [Text([1, 2, 3]), *(Image("a", random.integers(0, vocabulary.codebook_size, (4, 4))) for _ in range(shown))]
     grammar = Grammar(image_codes(vocabulary, 4, 4, "a"))
-    (result,) = engine.generate([Request(prompt=[text, OpenImage("a", 4, 4)], grammar=grammar)])
-    (image,) = result.segments([vocabulary.bos, 1, 2, 3, vocabulary.begin_image("a")])[2:]
+    (result,) = engine.generate([Request(prompt=[*before, OpenImage("a", 4, 4)], grammar=grammar, parallel=parallel)])
+    codes = from_blocks(np.array([item.codes for item in result.items]), 4, 4)
     with torch.no_grad():
-        document = [text, image, ActionChunk([0])]
+        document = [*before, Image("a", codes), ActionChunk([0])]
         batch = collate([document], vocabulary)
         states = model.states(batch)
-        logits = model.depth(states[batch.block_at_N - 1], batch.codes_NC)
-    np.testing.assert_array_equal(logits.argmax(-1).numpy(), batch.codes_NC.numpy())
-    assert len(result.ids) == 16 and len(result.items) == 4 and length_of(document, vocabulary) == 12
-    assert isinstance(image, Image) and result.finish == "end"
+        logits = model.depth(states[batch.block_at_N - 1], batch.codes_NC, batch.before_NC)
+        forgetful = model.depth(states[batch.block_at_N - 1], batch.codes_NC, torch.full_like(batch.before_NC, NOTHING))
+    np.testing.assert_array_equal(logits.argmax(-1)[-4:].numpy(), batch.codes_NC[-4:].numpy())
+    assert torch.equal(logits[-4:], forgetful[-4:]) == (shown == 0), "what was there before matters"
+    assert len(result.ids) == 16 and len(result.items) == 4
+    assert result.finish == "end"
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, seed=5)], ids=["greedy", "drawn"])

@@ -13,7 +13,7 @@ from transformers import Emu3ForCausalLM
 from emu3_vla import checkpoint
 from emu3_vla.checkpoint import load
 from emu3_vla.data.tokens import ACTION, NORMALIZER, TEXT, VISION, TokenStore
-from emu3_vla.documents import IGNORE, Image, Text, pack
+from emu3_vla.documents import IGNORE, NOTHING, Image, Text, pack
 from emu3_vla.emu3_text import Emu3TextTokenizer
 from emu3_vla.model import BlockEmu3ForCausalLM, PlainEmu3ForCausalLM, build_config
 from emu3_vla.training import figures, initial
@@ -82,11 +82,12 @@ def test_a_shipped_checkpoint_is_started_from_by_its_name(tmp_path):
 
 
 def test_an_older_depth_decoder_is_widened_and_writes_the_same(tiny_store, tmp_path):
-    """Checkpoints of before each code read its own part of the state: all parts begin as the one that there was."""
+    """Checkpoints of before each code read its own part of the state, and saw what was there before: parts begin as the one that there was,
+    and what was there counts for nothing."""
     config = tiny_tokens.config(tiny_store.path, tmp_path / "run", init_from=str(tmp_path / "older"))
     source = open_source(config.tokens, 4)
     torch.manual_seed(5)
-    older = BlockEmu3ForCausalLM(build_config(source.vocabulary, state_per_code=False, **config.model.arguments()))
+    older = BlockEmu3ForCausalLM(build_config(source.vocabulary, state_per_code=False, recall=False, **config.model.arguments()))
     checkpoint.save(
         tmp_path / "older",
         config=older.config,
@@ -97,11 +98,11 @@ def test_an_older_depth_decoder_is_widened_and_writes_the_same(tiny_store, tmp_p
         provenance={},
     )
     model = initial.new_model(config, source)
-    states, codes = torch.randn(5, model.config.hidden_size), torch.randint(0, 32, (5, 16))
+    states, codes, before = torch.randn(5, model.config.hidden_size), torch.randint(0, 32, (5, 16)), torch.randint(NOTHING, 32, (5, 16))
     assert model.depth.state.weight.shape[0] == 16 * older.depth.state.weight.shape[0]
-    torch.testing.assert_close(model.depth(states, codes), older.depth(states, codes))
+    torch.testing.assert_close(model.depth(states, codes, before), older.depth(states, codes, before))
     loaded = load(tmp_path / "older").model
-    assert torch.equal(loaded.depth(states, codes), older.depth(states, codes)), "and reads as it is"
+    assert torch.equal(loaded.depth(states, codes, before), older.depth(states, codes, before)), "and reads as it is"
 
 
 def test_stretching_is_linear():

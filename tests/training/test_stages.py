@@ -11,6 +11,7 @@ import tiny_tokens
 import torch
 
 from emu3_vla import cli
+from emu3_vla.checkpoint import load
 from emu3_vla.documents import IGNORE, KINDS
 from emu3_vla.training import loop
 from emu3_vla.training.mixture import MixtureConfig
@@ -20,6 +21,7 @@ from envs.spec import RGB_GRIPPER, RGB_STATIC
 PRESETS = Path(cli.__file__).parents[1] / "configs" / "train"
 STAGES = sorted(path.stem for path in (PRESETS / "stage").glob("*.yaml") if path.stem != "debug")
 NEEDS_PAIRS = "dpo"
+NEEDS_A_POLICY = "depth"
 TEXT_BEFORE_IMAGES = {"draw", "film", "world", "act", "interleave"}
 
 
@@ -44,13 +46,28 @@ def _stream(store, output="unused", **options):
     return source, source.streams(config)[0]
 
 
-@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != NEEDS_PAIRS])
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage not in (NEEDS_PAIRS, NEEDS_A_POLICY)])
 def test_debug_twin_of_every_stage_trains(stage, asked_store, tmp_path):
     records = _run(f"stage/{stage},stage/debug", asked_store.path, tmp_path, steps=2)
     assert (tmp_path / "policy" / "model" / "model.safetensors").exists()
     losses = {name for record in records for name in record.get("validation", {}) if name.startswith("loss")}
     expected = {"vla": "loss_action", "understand_describe": "loss_text", "understand_instruct": "loss_text"}
     assert expected.get(stage, "loss_vision") in losses and "loss" in losses
+
+
+def test_the_depth_decoder_learns_alone(asked_store, tmp_path):
+    """Pictures are written otherwise afterwards; whatever acts and answers is the same to the last bit."""
+    _run("stage/joint,stage/debug", asked_store.path, tmp_path / "joint", steps=2)
+    given = str(tmp_path / "joint" / "policy")
+    _run("stage/depth,stage/debug", asked_store.path, tmp_path / "depth", init_from=given)
+    before, after = (load(tmp_path / name / "policy").model.state_dict() for name in ("joint", "depth"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith("depth.") for name in changed)
+
+
+def test_what_learns_alone_must_be_there(asked_store, tmp_path):
+    with pytest.raises(ValueError, match="only_depth=true learns to write the pictures of a checkpoint: name it in init_from"):
+        _compose("stage/depth", tokens="x")
 
 
 def test_stages_learn_what_they_should():
@@ -72,7 +89,8 @@ def test_stages_learn_what_they_should():
 
 
 def _needed(stage: str) -> dict:
-    return {"preference.pairs": "pairs", "init_from": "policy"} if stage == NEEDS_PAIRS else {}
+    needed = {NEEDS_PAIRS: {"preference.pairs": "pairs", "init_from": "policy"}, NEEDS_A_POLICY: {"init_from": "policy"}}
+    return needed.get(stage, {})
 
 
 def test_ablations_change_one_thing():
