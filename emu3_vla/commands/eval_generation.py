@@ -7,7 +7,7 @@ The token store must be one of the checkpoint's tokenizers; its held-out episode
 held out. Questions and captions are CALVIN's (envs.calvin.questions). Every episode is looked at once, so pictures and drawings are
 independent; the questions about one frame are not, which their intervals do not know.
 
-    ask         right answers, word for word, by kind of question; of distances also how far off
+    ask         right answers, word for word, by kind of question, and of all that are no numbers; of distances also how far off
     describe    clauses of descriptions that are right, by thing
     draw        clauses of a caption that a probe reads out of its drawing; beside the probe's own right share on real pictures, and the
                 share that is right of another drawing's caption, as a drawing that takes no notice of its caption would have
@@ -49,8 +49,8 @@ from eval.statistics import bootstrap_mean_interval, wilson_interval
 MEASURES = ("ask", "describe", "draw", "film", "world")
 NEED_QUESTIONS = {"ask", "describe", "draw"}
 QUESTIONS = "envs.calvin.questions:Questions"
-WAYS = "distance"
-"""Kinds of questions that begin so are answered with a way in millimetres."""
+WAYS, HEADINGS = "distance", "heading"
+"""Kinds of questions that begin so are answered with a way in millimetres, and in degrees: with numbers, which are seldom right to the last."""
 SHOWN = 8
 """Pictures of each measure on the page."""
 PROBE_FRAMES = 8000
@@ -128,7 +128,8 @@ def _ask(model: Pipelines, config: EvalGenerationConfig, train, held_out: list[T
     by_kind: dict[str, list[scoring.Answered]] = defaultdict(list)
     for one in answered:
         by_kind[kind_of(one.question)].append(one)
-    figures = {"all": _right(answered)}
+    named = [one for kind, ones in by_kind.items() if not kind.startswith((WAYS, HEADINGS)) for one in ones]
+    figures = {"all": _right(answered), "all but numbers": _right(named)}
     for kind, ones in by_kind.items():
         figures[kind] = _right(ones) | (_off_mm(ones, config.seed) if kind.startswith(WAYS) else {})
     return Found(figures)

@@ -34,8 +34,8 @@ from emu3_vla import checkpoint, lora
 from emu3_vla.documents import Batch
 from emu3_vla.lora import LoraSettings
 from emu3_vla.model import BlockEmu3ForCausalLM
+from emu3_vla.training import depth_only, preference, processes, sharded_state, state, team
 from emu3_vla.training import figures as figures_of
-from emu3_vla.training import preference, processes, sharded_state, state, team
 from emu3_vla.training.figures import Figures, LossConfig
 from emu3_vla.training.initial import new_model as _new_model
 from emu3_vla.training.initial import outline, sized_as_init_from
@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from emu3_vla.training.samples import Sampler
 
 EXPORTS = ("last", "best")
+WHITENED_OVER = 8
+"""Batches that say what the states are like which a depth decoder reads that learns alone."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -225,6 +227,7 @@ class TrainConfig:
         """Options that are set and for which every process holds the whole model, by name."""
         options = {
             "lora_rank": self.lora_rank,
+            "only_depth": self.only_depth,
             "preference.pairs": self.preference.pairs,
             "optimizer.muon_learning_rate": self.optimizer.muon_learning_rate,
         }
@@ -270,6 +273,8 @@ def train(config: TrainConfig) -> None:
     model = ours.build(lambda: _new_model(config, source), lambda: outline(config, source), source.vocabulary, dtype)
     if config.lora_rank:
         ours.adapt(config.lora)
+    if config.only_depth:
+        depth_only.whiten(model, (stream.batch(step) for step in range(WHITENED_OVER)))
     optimizer = ours.optimizer(config.optimizer, dtype)
     if config.preference.pairs:
         preference.measure_reference(model, stream, held_out)  # before a saved state replaces the weights that training started from
@@ -335,7 +340,10 @@ def train(config: TrainConfig) -> None:
     if saver:
         chosen = saver.best() if config.export == "best" else saver.newest()
         if leads:
-            _export(output / "policy", config, model, optimizer, source, chosen, commit, ours.averaged_weights(chosen, optimizer))
+            averaged = ours.averaged_weights(chosen, optimizer)
+            if config.only_depth:
+                averaged = depth_only.folded(model, averaged)
+            _export(output / "policy", config, model, optimizer, source, chosen, commit, averaged)
 
 
 def _batches(stream: Stream | preference.PairStream, ours: team.Replicas, step: int, config: TrainConfig) -> Iterator[tuple]:

@@ -13,7 +13,7 @@ import torch
 from emu3_vla import cli
 from emu3_vla.checkpoint import load
 from emu3_vla.documents import IGNORE, KINDS
-from emu3_vla.training import loop
+from emu3_vla.training import depth_only, initial, loop
 from emu3_vla.training.mixture import MixtureConfig
 from emu3_vla.training.source import open_source
 from envs.spec import RGB_GRIPPER, RGB_STATIC
@@ -63,6 +63,25 @@ def test_the_depth_decoder_learns_alone(asked_store, tmp_path):
     before, after = (load(tmp_path / name / "policy").model.state_dict() for name in ("joint", "depth"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(name.startswith("depth.") for name in changed)
+
+
+def test_whitening_changes_nothing_but_how_it_learns(asked_store):
+    """The depth decoder computes the same from whitened states, and again once they are put into its own weights."""
+    source, stream = _stream(asked_store, mixture=MixtureConfig(film=1, draw=1))
+    model = initial.new_model(tiny_tokens.config(asked_store.path, "unused", context=256, mixture=MixtureConfig(film=1)), source).eval()
+    batch = stream.batch(3)
+    states = model.states(batch)[batch.block_at_N - 1].detach()
+    expected = model.depth(states, batch.codes_NC, batch.before_NC)
+    depth_only.whiten(model, [stream.batch(0), stream.batch(1)])
+    torch.testing.assert_close(model.depth(states, batch.codes_NC, batch.before_NC), expected, atol=1e-4, rtol=1e-4)
+
+    seen = torch.cat([model.states(own)[own.block_at_N[own.block_weights_N > 0] - 1] for own in (stream.batch(0), stream.batch(1))])
+    spread = ((seen - model.depth.state.mean) @ model.depth.state.whiten).var(0)
+    assert spread.max().item() == pytest.approx(1, abs=0.05), "the largest directions are as large as any"
+    weights = depth_only.folded(model, model.state_dict())
+    plain = initial.new_model(tiny_tokens.config(asked_store.path, "unused", context=256, mixture=MixtureConfig(film=1)), source).eval()
+    plain.load_state_dict({name: weights[name] for name in plain.state_dict()})
+    torch.testing.assert_close(plain.depth(states, batch.codes_NC, batch.before_NC), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_what_learns_alone_must_be_there(asked_store, tmp_path):
