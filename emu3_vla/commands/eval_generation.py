@@ -50,7 +50,7 @@ MEASURES = ("ask", "describe", "draw", "film", "world")
 NEED_QUESTIONS = {"ask", "describe", "draw"}
 QUESTIONS = "envs.calvin.questions:Questions"
 WAYS, HEADINGS = "distance", "heading"
-"""Kinds of questions that begin so are answered with a way in millimetres, and in degrees: with numbers, which are seldom right to the last."""
+"""Kinds of questions that begin so are answered in millimetres and in degrees: with numbers, which are seldom right to the last."""
 SHOWN = 8
 """Pictures of each measure on the page."""
 PROBE_FRAMES = 8000
