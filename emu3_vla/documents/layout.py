@@ -70,7 +70,7 @@ class Batch:
     A document a row: attention is causal, so none sees padding and none sees another. Packed: `spans` says where each document stands, and
     attention and positions keep to it.
 
-    ids_BL, targets_BL: int64. kinds_BL: int8, of the targets, see Layout. codes_NC, places_N: int64. block_at_N: int64, index into the
+    ids_BL, targets_BL: int64. kinds_BL: int8, of the targets, see Layout. codes_NC, before_NC, places_N: int64. block_at_N: int64, index into the
     flattened B×L positions.
     weights_BL, block_weights_N: float32, see Layout. chunks: number of supervised action chunks. positions: number that are not padding.
     """
@@ -134,16 +134,17 @@ def lay_out(segments: Sequence[Segment], vocabulary: Vocabulary, weights: LossWe
     block_weights, weight[block_at] = weight[block_at], 0
     targets = np.full(len(ids), IGNORE, np.int64)
     targets[:-1] = np.where(weight[1:] > 0, ids[1:], IGNORE)
+    codes, places = codes.reshape(-1, vocabulary.codes_per_block), _places(segments, vocabulary, len(block_at))
     return Layout(
         ids=ids,
         targets=targets,
         weights=np.append(weight[1:], np.float32(0)),
         kinds=np.append(kinds[1:], SPECIAL),
-        codes=codes.reshape(-1, vocabulary.codes_per_block),
+        codes=codes,
         block_at=block_at,
         block_weights=block_weights,
-        places=(places := _places(segments, vocabulary, len(block_at))),
-        before=_before(places, codes.reshape(-1, vocabulary.codes_per_block), vocabulary),
+        places=places,
+        before=_before(places, codes, vocabulary),
     )
 
 

@@ -142,11 +142,12 @@ class Run:
 
     def _ask(self, state: int, at: int, states: list[torch.Tensor]) -> Ask:
         choice, guidance = self.grammar.choice(state), self.request.guidance
-        negative = {"negative": states[1], "scale": guidance.scale} if guidance else {}
+        guided = {"negative": states[1], "scale": guidance.scale} if guidance else {}
+        seen = {}
         if choice.place is not None:
-            names = ("before", "negative_before")
-            negative |= {name: lane.last(choice.place, len(self.guesses) - at) for name, lane in zip(names, self.lanes, strict=False)}
-        return Ask(choice, self.request.sampling, len(self.written) - self.begin + at, states[0], **negative)
+            names = ("before", "negative_before")[: len(self.lanes)]
+            seen = {name: lane.last(choice.place, len(self.guesses) - at) for name, lane in zip(names, self.lanes, strict=True)}
+        return Ask(choice, self.request.sampling, len(self.written) - self.begin + at, states[0], **guided, **seen)
 
     def _write(self, item: Item) -> None:
         self.state = self.grammar.advance(self.state, item)
