@@ -70,8 +70,8 @@ class Batch:
     A document a row: attention is causal, so none sees padding and none sees another. Packed: `spans` says where each document stands, and
     attention and positions keep to it.
 
-    ids_BL, targets_BL: int64. kinds_BL: int8, of the targets, see Layout. codes_NC, before_NC, places_N: int64. block_at_N: int64, index into the
-    flattened B×L positions.
+    ids_BL, targets_BL: int64. kinds_BL: int8, of the targets, see Layout. codes_NC, before_NC, places_N: int64. block_at_N: int64, index
+    into the flattened B×L positions.
     weights_BL, block_weights_N: float32, see Layout. chunks: number of supervised action chunks. positions: number that are not padding.
     """
 

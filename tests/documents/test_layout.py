@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from emu3_vla.documents import (
     IGNORE,
     LENGTH_MULTIPLE,
+    NOTHING,
     ActionChunk,
     Begin,
     DocumentError,
@@ -47,6 +48,20 @@ def test_positions_and_targets_to_the_last_one():
     assert layout.codes[0].tolist() == [0, 1, 4, 5]
     assert layout.codes[5].tolist() == [42, 43, 46, 47]
     assert length_of(DOCUMENT, V) == len(ids)
+
+
+def test_what_stood_at_a_place_before():
+    """By the picture's name, whatever the order that it is written in, in this document alone."""
+    second = np.array([[3, 2, 1, 0], [0, 0, 0, 0]])
+    order = np.array([1, 0])
+    document = [*DOCUMENT, Image("b", second, order=order), Text([1]), Image("b", B_CODES)]
+    nothing = [NOTHING] * 4
+    first, in_b, third = lay_out(document, V).before[:6], lay_out(document, V).before[6:8], lay_out(document, V).before[8:]
+    assert first.tolist() == [nothing] * 6
+    assert in_b.tolist() == [[42, 43, 46, 47], [40, 41, 44, 45]]
+    assert third.tolist() == [[3, 2, 0, 0], [1, 0, 0, 0]]
+    together = collate([document, document], V).before_NC
+    assert together[:10].tolist() == together[10:].tolist() == lay_out(document, V).before.tolist()
 
 
 def test_collate_pads_and_shifts():
