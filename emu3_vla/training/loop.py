@@ -124,7 +124,7 @@ class TrainConfig:
     codes_from_tokenizer: bool = True  # new embeddings of codes begin as the vision tokenizer's code vectors, projected
     learn_codes: bool = True  # false: they stay so
     init_from: str = ""  # a checkpoint whose weights to start from, a folder or a shipped name; it brings its model.* sizes
-    only_depth: bool = False  # the depth decoder of init_from alone learns: pictures get better, and acting and answers stay what they are
+    only_depth: bool = False  # the depth decoder of init_from alone learns: pictures change, and acting and answers stay what they are
     lora_rank: int = 0  # of adapters that learn in place of the weights of init_from; 0: all weights learn
     lora_alpha: float = 32.0  # an adapter's output is scaled by lora_alpha / lora_rank
     validation_fraction: float = 0.05  # of the shards
@@ -340,10 +340,7 @@ def train(config: TrainConfig) -> None:
     if saver:
         chosen = saver.best() if config.export == "best" else saver.newest()
         if leads:
-            averaged = ours.averaged_weights(chosen, optimizer)
-            if config.only_depth:
-                averaged = depth_only.folded(model, averaged)
-            _export(output / "policy", config, model, optimizer, source, chosen, commit, averaged)
+            _export(output / "policy", config, model, optimizer, source, chosen, commit, ours.averaged_weights(chosen, optimizer))
 
 
 def _batches(stream: Stream | preference.PairStream, ours: team.Replicas, step: int, config: TrainConfig) -> Iterator[tuple]:
@@ -442,6 +439,8 @@ def _export(
         scene=source.store.metadata.get("scene") if config.scene_fraction else None,
         actions=source.units,
     )
+    if config.only_depth:
+        averaged = depth_only.folded(model, averaged)
     settings = dataclasses.asdict(config)
     settings.pop("output_dir")
     provenance = {
