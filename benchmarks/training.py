@@ -42,7 +42,7 @@ from emu3_vla.vocabulary import CompactVocabulary, Emu3Vocabulary, ImageGrid
 from envs.spec import RGB_GRIPPER, RGB_STATIC
 
 PARTS = ("packing", "peak", "memory", "loading")
-CONTEXT, ROWS = 1024, 2
+CONTEXT, ROWS = 1024, 8
 VOCABULARY = CompactVocabulary(
     text_size=1024,
     action_size=1024,

@@ -40,6 +40,7 @@ class BlockEmu3Config(Emu3TextConfig):
     depth_size: int = 128
     depth_layers: int = 2
     depth_heads: int = 4
+    depth_noise: float = 0.0  # most of the codes before in a block that the depth decoder is shown wrong in training
     recall: bool = False  # the depth decoder sees the block that stood at its place in the picture before
     state_per_code: bool = False  # the depth decoder reads the trunk's state anew for each code of a block; without: the same for all
 
@@ -180,6 +181,7 @@ class DepthDecoder(nn.Module):
         self.states = config.codes_per_block if config.state_per_code else 1
         self.state = nn.Linear(config.hidden_size, self.states * size, bias=False)
         self.codes = nn.Embedding(config.codebook_size, size)
+        self.noise = config.depth_noise
         # Most of a next picture is the one before again: what stood at a code's own place need not pass through the trunk.
         self.before = nn.Embedding(config.codebook_size - NOTHING, size) if config.recall else None
         self.slots = nn.Embedding(config.codes_per_block, size)
@@ -190,7 +192,7 @@ class DepthDecoder(nn.Module):
     def forward(self, states_NH: torch.Tensor, codes_NC: torch.Tensor, before_NC: torch.Tensor) -> torch.Tensor:
         """Logits of each code given the state, what stood there in the picture before (documents.Layout), and the codes written so far:
         (N, C, codebook_size)."""
-        return self._logits(states_NH, codes_NC[:, :-1], before_NC)
+        return self._logits(states_NH, self._misread(codes_NC[:, :-1]), before_NC)
 
     @torch.no_grad()
     def write(
@@ -202,6 +204,18 @@ class DepthDecoder(nn.Module):
             chosen = choose(self._logits(states_NH, codes, before_NC)[:, -1])
             codes = torch.cat([codes, chosen[:, None]], dim=1)
         return codes
+
+    def _misread(self, written_NK: torch.Tensor) -> torch.Tensor:
+        """In training other codes in the place of some: of each block another share, up to `noise`.
+
+        The codes before tell nearly all of the next one, so a caption or the past is hardly looked at; and a model that only knows right
+        ones does not find its way back from its own wrong one.
+        """
+        if not (self.training and self.noise):
+            return written_NK
+        shares_N1 = self.noise * torch.rand(len(written_NK), 1, device=written_NK.device)
+        wrong_NK = torch.rand(written_NK.shape, device=written_NK.device) < shares_N1
+        return torch.where(wrong_NK, torch.randint_like(written_NK, self.codes.num_embeddings), written_NK)
 
     def _logits(self, states_NH: torch.Tensor, written_NK: torch.Tensor, before_NC: torch.Tensor) -> torch.Tensor:
         """Logits of the first K + 1 codes given the first K."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 PLACES, DEPTH_STATE, DEPTH_BEFORE = "blocks.places.weight", "depth.state.weight", "depth.before.weight"
 WAVES = 6
 """Lengths of the waves that embeddings of numbers begin as: from four times the range, halved each time."""
-OF_TRAINING = ("dropout", "hide_codes")  # among model.*: another run may choose others
+OF_TRAINING = ("dropout", "hide_codes", "depth_noise")  # among model.*: another run may choose others
 
 
 class ForeignTokens(ValueError):

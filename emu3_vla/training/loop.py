@@ -77,12 +77,13 @@ class ModelSizes:
     depth_size: int = 128
     depth_layers: int = 2
     depth_heads: int = 4
+    depth_noise: float = 0.0
 
     def __post_init__(self):
         for heads, size in (("num_attention_heads", "hidden_size"), ("depth_heads", "depth_size")):
             if getattr(self, size) % getattr(self, heads):
                 raise ValueError(f"model.{size}={getattr(self, size)} is no multiple of model.{heads}={getattr(self, heads)}")
-        for name in ("dropout", "hide_codes"):
+        for name in ("dropout", "hide_codes", "depth_noise"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}, expected at least 0 and below 1")
 

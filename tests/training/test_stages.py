@@ -13,13 +13,14 @@ import torch
 from emu3_vla import cli
 from emu3_vla.checkpoint import load
 from emu3_vla.documents import IGNORE, KINDS
+from emu3_vla.model import BlockEmu3Config, DepthDecoder
 from emu3_vla.training import depth_only, initial, loop
 from emu3_vla.training.mixture import MixtureConfig
 from emu3_vla.training.source import open_source
 from envs.spec import RGB_GRIPPER, RGB_STATIC
 
 PRESETS = Path(cli.__file__).parents[1] / "configs" / "train"
-STAGES = sorted(path.stem for path in (PRESETS / "stage").glob("*.yaml") if path.stem != "debug")
+STAGES = sorted(path.stem for path in (PRESETS / "stage").glob("*.yaml") if path.stem not in ("debug", "small"))
 NEEDS_PAIRS = "dpo"
 NEEDS_A_POLICY = "depth"
 TEXT_BEFORE_IMAGES = {"draw", "film", "world", "act", "interleave"}
@@ -82,6 +83,17 @@ def test_whitening_changes_nothing_but_how_it_learns(asked_store):
     plain = initial.new_model(tiny_tokens.config(asked_store.path, "unused", context=256, mixture=MixtureConfig(film=1)), source).eval()
     plain.load_state_dict({name: weights[name] for name in plain.state_dict()})
     torch.testing.assert_close(plain.depth(states, batch.codes_NC, batch.before_NC), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_noise_is_met_in_training_alone():
+    """Some of the codes before are then others, up to the share that was asked for; what is to be written, and how it is judged, stays."""
+    torch.manual_seed(0)
+    depth = DepthDecoder(BlockEmu3Config(hidden_size=8, codebook_size=64, depth_size=8, depth_heads=1, depth_noise=0.5))
+    codes = torch.randint(64, (500, 16))
+    wrong = (depth.train()._misread(codes) != codes).float().mean(1)
+    assert wrong.mean().item() == pytest.approx(0.25, abs=0.05)
+    assert (wrong == 0).any() and (wrong > 0.3).any(), "of each block another share"
+    assert torch.equal(depth.eval()._misread(codes), codes)
 
 
 def test_what_learns_alone_must_be_there():
