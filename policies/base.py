@@ -13,7 +13,8 @@ class Policy(Protocol):
 
     A policy may also have `begin_chain()`, which is called before the first subtask after the arm was put elsewhere: a policy that carries
     a belief about the arm from one subtask to the next drops it there. Chains must not depend on those that ran before them.
-    `end_chain()`, where there is one, is called when a chain is over.
+    `end_chain()`, where there is one, is called when a chain is over. `prepare()`, where there is one, may be called between two decisions,
+    where the arm moves and nobody waits: what it computes ahead makes the next decision quicker and no different.
 
     requires: the observation keys that `infer` reads (see envs.spec.OBSERVATION); images are rendered only for a policy that
     asks for them. name: what results and recordings call it.

@@ -138,6 +138,7 @@ class ChunkedPolicy:
             raise ValueError("chunking.ahead=null measures decisions, which take no time in a simulation; give a number of control steps")
         self.policy, self.options, self.realtime = policy, options, realtime
         self.name, self.requires = policy.name, policy.requires
+        self._preparing = threading.Lock()
         self._asked: SimpleQueue[tuple[Future, dict[str, np.ndarray]] | None] = SimpleQueue()
         # A daemon: a policy that hangs must not keep the program from ending.
         threading.Thread(target=self._decide, name="decisions", daemon=True).start()
@@ -154,7 +155,8 @@ class ChunkedPolicy:
         self._forget_counts()
         begin = getattr(self.policy, "begin_chain", None)
         if begin is not None:
-            begin()
+            with self._preparing:
+                begin()
 
     def end_chain(self) -> None:
         """Nothing more is asked in this chain: what is under way is waited for and dropped."""
@@ -164,7 +166,8 @@ class ChunkedPolicy:
         """See policies.base.Policy. A decision for the subtask before, still on its way, is waited for and dropped."""
         self._land()
         self._clear()
-        self.policy.reset(instruction, task=task, seed=seed)
+        with self._preparing:
+            self.policy.reset(instruction, task=task, seed=seed)
 
     def infer(self, observation: dict[str, np.ndarray]) -> dict[str, Any]:
         """The next actions. Raises DecisionLate, InvalidAction for a chunk too short to act ahead, and what the policy raises."""
@@ -230,6 +233,15 @@ class ChunkedPolicy:
                 future.set_result((self.policy.infer(observation), time.monotonic()))
             except Exception as error:  # noqa: BLE001 - raised again where it is collected
                 future.set_exception(error)
+            else:
+                self._prepare()
+
+    def _prepare(self) -> None:
+        """Let the policy compute ahead while the arm executes; in a simulation nothing moves meanwhile."""
+        prepare = getattr(self.policy, "prepare", None)
+        if self.realtime and prepare is not None:
+            with self._preparing:
+                prepare()
 
     def _collect(self) -> dict[str, Any] | None:
         """The decision that is due now, its actions queued; None while it is late and the arm is to hold."""

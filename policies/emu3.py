@@ -121,6 +121,10 @@ class Emu3Policy:
         """
         return self._alone.infer(observation)
 
+    def prepare(self) -> None:
+        """Read, while the arm moves, what the next decision begins with: instruction and past. No decision depends on it."""
+        self._alone.prepare()
+
     def look(self, observation: dict[str, np.ndarray]) -> list[Segment]:
         """What a document has of this moment before its actions: images as codes, and the arm's state where it is said."""
         return self._alone.look(observation)
@@ -166,6 +170,8 @@ class Emu3Policy:
         sequences, generators = [session.sequence for session in sessions], [session.generator for session in sessions]
         chunks = [self._writer.begin(session.last_ids(), self._prefix(ahead)) for session, ahead in zip(sessions, committed, strict=True)]
         scenes: list[np.ndarray | None] = [None] * len(sessions)
+        with _timed(timing, "past"):
+            self.read_past(sessions)
         with _timed(timing, "prefill"):
             unread = [session.unread(seen) for session, seen in zip(sessions, looks, strict=True)]
             sentences = [self._words.begin(session.scene) for session in sessions] if self._words else []
@@ -196,6 +202,14 @@ class Emu3Policy:
                 }
             )
         return [[*seen, ActionChunk(chunk.ids)] for seen, chunk in zip(looks, written, strict=True)], scenes, answers
+
+    @torch.inference_mode()
+    def read_past(self, sessions: Sequence[Session]) -> None:
+        """Put instruction and past of each session through the trunk, where its sequence does not hold them yet. Always apart from what is
+        seen now, so that every bit is the same whenever it is done."""
+        parts = [(session.sequence, session.unread()) for session in sessions if not session.past_is_read]
+        if parts:
+            self._trunk.extend_each(parts)
 
     def _read(
         self,
@@ -319,16 +333,29 @@ class Session:
             raise ValueError(f"the observation has no {ROBOT_OBS!r}, only {', '.join(sorted(observation))}; this policy requires it")
         return [Text(states.ids(states.words.numbers(observation[ROBOT_OBS])))]
 
-    def unread(self, seen: list[Segment]) -> torch.Tensor:
-        """Embeddings of the document up to what the model writes, as far as the cache does not hold it yet: (n, H). That is "begin of
-        action" too, unless something is said before."""
+    def prepare(self) -> None:
+        """See Emu3Policy.prepare."""
+        if self._text is not None:
+            self.policy.read_past([self])
+
+    def unread(self, seen: Sequence[Segment] = ()) -> torch.Tensor:
+        """Embeddings of instruction, past and what is seen, as far as the cache does not hold them yet: (n, H). Behind what is seen also of
+        "begin of action", unless something is said before."""
         model, vocabulary = self.policy.checkpoint.model, self.policy.checkpoint.vocabulary
-        document = [self._text, *(segment for chunk in self._past for segment in chunk), *seen]
+        document = [*self._known(), *seen]
         batch = collate([document], vocabulary).to(model.device)
         embedded = model.embed(batch)[0, : length_of(document, vocabulary)]
-        if not self.policy.scenes:
+        if seen and not self.policy.scenes:
             embedded = torch.cat([embedded, model.model.embed_tokens.weight[vocabulary.begin_action][None]])
         return embedded[self.sequence.length :]
+
+    @property
+    def past_is_read(self) -> bool:
+        """Whether the cache holds instruction and past."""
+        return self.sequence.length >= length_of(self._known(), self.policy.checkpoint.vocabulary)
+
+    def _known(self) -> list[Segment]:
+        return [self._text, *(segment for chunk in self._past for segment in chunk)]
 
     def last_ids(self) -> Sequence[int]:
         """Of the chunk before, if there was one."""

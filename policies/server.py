@@ -20,6 +20,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -345,6 +346,23 @@ class PolicyServer:
                 self._came.clear()
             if batch:
                 self._settle(batch, *await self._off_loop(self._decide, batch))
+                await self._prepare([request.client for request in batch])
+
+    async def _prepare(self, answered: Sequence[_Client]) -> None:
+        """Let sessions compute ahead for their next decision, one by one, while nobody asks for one."""
+        for client in answered:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._came.wait(), self.options.gather_ms / 1e3)
+            if self._came.is_set():
+                return
+            if client in self._clients and not client.forget and hasattr(client.session, "prepare"):
+                await self._off_loop(self._prepare_session, client.session)
+
+    def _prepare_session(self, session: Policy) -> None:
+        try:
+            session.prepare()
+        except Exception as error:  # noqa: BLE001 - the decision itself will meet it, and tell
+            self._failed(error)
 
     async def _gather(self) -> None:
         """Wait for clients that were answered just now, `gather_ms` at most: they are about to ask again, for one batch of all."""

@@ -162,6 +162,26 @@ def test_hold_keeps_the_pose_until_the_decision_is_there():
     assert answer["age_s"] > 0.1
 
 
+@pytest.mark.parametrize("realtime", [True, False])
+def test_the_policy_computes_ahead_while_the_arm_executes(realtime):
+    """Once a decision; a reset waits for its end, and where time stands still meanwhile nothing is gained and nothing asked."""
+    policy, going, ended = Chunks(), threading.Event(), []
+
+    def prepare():
+        going.set()
+        time.sleep(0.1)
+        ended.append(policy.decisions)
+
+    policy.prepare = prepare
+    chunked = ChunkedPolicy(policy, ChunkingOptions(ahead=3), realtime=realtime)
+    chunked.reset("go")
+    chunked.infer(observation())
+    assert going.wait(5 if realtime else 0.2) == realtime
+    chunked.reset("go elsewhere")
+    assert ended == ([1] if realtime else [])
+    chunked.close()
+
+
 def test_wait_gives_no_command_and_stop_ends_the_run():
     policy = Gate()
     chunked = started(policy, late="wait")

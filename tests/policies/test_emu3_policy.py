@@ -50,7 +50,7 @@ def test_is_a_policy(policy):
     assert decision["actions"].shape == (10, 7) and decision["actions"].dtype == np.float32
     for action in decision["actions"]:
         check_action(action)
-    assert decision["timing_s"].keys() == {"encode", "prefill", "decode", "detokenize"}
+    assert decision["timing_s"].keys() == {"encode", "past", "prefill", "decode", "detokenize"}
     assert len(decision["token_ids"]) == len(decision["entropy"]) > 0
 
 
@@ -79,6 +79,25 @@ def test_cache_gives_what_the_whole_document_gives(tiny_checkpoint, history):
         expected = _state(reference, [Text(reference.text_tokenizer.encode("go left")), *sum(shown, []), *images])
         torch.testing.assert_close(seen[-1], expected, atol=2e-4, rtol=1e-3)
         past.append([*images, ActionChunk(decision["token_ids"])])
+
+
+def test_what_is_read_ahead_changes_no_bit(policy):
+    """The past is in the cache before it is asked for, and ids, their entropy and probability are what they would have been."""
+    decided = []
+    for ahead in (False, True):
+        policy.reset("go left")
+        for step in range(5):
+            if ahead:
+                policy.prepare()
+                assert policy._alone.past_is_read
+            decision = policy.infer(_observation(step))
+            decided.append((decision["token_ids"], decision["entropy"], decision["probability"]))
+            assert not policy._alone.past_is_read
+    assert decided[:5] == decided[5:]
+    policy.reset("go right")
+    policy.prepare()
+    policy.reset("go left")
+    assert policy.infer(_observation(0))["token_ids"] == decided[0][0]
 
 
 def test_the_state_of_the_arm_stands_before_the_actions(tmp_path):

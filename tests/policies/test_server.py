@@ -339,6 +339,39 @@ def test_a_checkpoint_answers_all_clients_as_each_alone(tiny_checkpoint):
 # -- limits
 
 
+class Prepared(Recording):
+    """Its sessions can compute ahead; one of them breaks where it does."""
+
+    def __init__(self):
+        super().__init__()
+        self.prepared = []
+
+    def sessions(self, number):
+        made = super().sessions(number)
+        for session in made:
+            session.prepare = lambda session=session: self._prepare(session)
+        return made
+
+    def _prepare(self, session):
+        self.prepared.append((session.number, session.asked))
+        if session.instruction == "break":
+            raise RuntimeError("no")
+
+
+def test_sessions_compute_ahead_while_nobody_asks():
+    policy = Prepared()
+    with serving(policy, gather_ms=1.0) as server:
+        remote = RemotePolicy(server.address)
+        for instruction, asked in (("go", 1), ("break", 1)):
+            remote.reset(instruction)
+            assert answer_of(remote.infer(seen()))[1] == asked
+            until(lambda: policy.prepared)
+            assert policy.prepared == [(0, asked)]
+            policy.prepared.clear()
+        assert answer_of(remote.infer(seen()))[1] == 2, "it goes on"
+        remote.close()
+
+
 def test_deadlines_name_what_became_of_the_subtask():
     policy = Recording()
     with serving(policy) as server:
