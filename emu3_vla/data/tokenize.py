@@ -8,7 +8,8 @@
 dotted name, made with the episode store's scene, with `about(robot_obs, scene_obs)` -> pairs of sentences and `sentences()`.
 
 `scene=envs.calvin.scene_numbers:SceneNumbers` writes what there is to see in numbers, which a policy that is trained with `scene_fraction`
-says before it acts: any class with `limits`, `powers`, `bins` and `of(robot_obs, scene_obs)` -> numbers.
+says before it acts: any class with `limits`, `powers`, `bins` and `of(robot_obs, scene_obs)` -> numbers. `scene=checkpoint` writes what the checkpoint itself
+says that it sees: recordings of a real arm know no more, and a policy that says so goes on saying it when it is trained further.
 
 Action and text tokenizers that are not given are fitted on the episodes. Worker processes take a shard each; shards that are there are
 skipped, so the same command goes on after a kill. Shards keep their numbers; those of a second store follow behind the first one's last.
@@ -23,11 +24,11 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -48,12 +49,20 @@ from emu3_vla.data.tokens import (
 )
 from emu3_vla.number_words import NumberWords, StateWords, check_entries
 from emu3_vla.text import TextTokenizer
-from envs.spec import ACTION_DIM, CAMERAS, CONTROL_HZ, RGB_GRIPPER, RGB_STATIC, ActionUnits, Episode
+from envs.spec import ACTION_DIM, CAMERAS, CONTROL_HZ, RGB_GRIPPER, RGB_STATIC, ROBOT_OBS, ActionUnits, Episode
+
+if TYPE_CHECKING:
+    from emu3_vla.checkpoint import PolicySettings
+    from policies.emu3 import Emu3Policy
 
 # One thread encodes this many frames fastest: more no longer fit the caches.
 ENCODE_BATCH = 8
+SEEN_BATCH = 16
+"""Frames of which a checkpoint says at once what it sees."""
 # Codes are stored in two bytes.
 CODE_LIMIT = 2**16
+BY_CHECKPOINT = "checkpoint"
+"""As `scene`: the checkpoint itself says what there is to see, so that one that is trained further goes on saying it."""
 PLUG_IN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -74,7 +83,7 @@ class TokenizeConfig:
     action_vocab_size: int = 1024
     text_vocab_size: int = 1024  # at most, without the words of `state` and `scene`
     state: tuple[str, ...] = ()  # entries of the arm's state that are said before its actions: x, y, z, roll, pitch, yaw, width
-    scene: str = ""  # "module:Class" that says in numbers what there is to see; empty: nobody does
+    scene: str = ""  # "module:Class" that says in numbers what there is to see, or "checkpoint": what that one sees; empty: nobody does
     questions: str = ""  # "module:Class" that asks about the frames and answers; empty: nobody asks
     workers: int = 2  # processes, one thread each
 
@@ -89,18 +98,36 @@ class TokenizeConfig:
         if bool(self.action_tokenizer) != bool(self.normalizer):
             raise ValueError("action_tokenizer and normalizer belong together: give both, or neither to have both fitted")
         for name, example in (("questions", "envs.calvin.questions:Questions"), ("scene", "envs.calvin.scene_numbers:SceneNumbers")):
-            if (dotted := getattr(self, name)) and not PLUG_IN.fullmatch(dotted):
+            if (dotted := getattr(self, name)) and not PLUG_IN.fullmatch(dotted) and not (name == "scene" and dotted == BY_CHECKPOINT):
                 raise ValueError(f"{name} is {dotted!r}, expected module:Class, such as {example}")
+        if self.scene == BY_CHECKPOINT and not (self.settings and self.settings.scene):
+            raise ValueError(
+                f"scene={BY_CHECKPOINT}, but checkpoint={self.checkpoint or repr('')} says nothing of what it sees before it acts; leave "
+                "scene out, or name a checkpoint that was trained with scene_fraction"
+            )
         if self.state:
             check_entries(self.state)
         if not self.stores:
             raise ValueError("episodes names no episode store")
 
-    def _take_from_checkpoint(self) -> None:
-        from emu3_vla.checkpoint import ACTION, NORMALIZER, POLICY, TEXT, VISION, read_policy
+    @property
+    def folder(self) -> Path | None:
+        """The checkpoint's."""
         from emu3_vla.checkpoint.hub import find_folder
 
-        folder = find_folder(self.checkpoint)
+        return find_folder(self.checkpoint) if self.checkpoint else None
+
+    @property
+    def settings(self) -> PolicySettings | None:
+        """The checkpoint's: how it says the arm's state, and what it sees."""
+        from emu3_vla.checkpoint import POLICY, read_policy
+
+        return read_policy(self.folder / POLICY) if self.checkpoint else None
+
+    def _take_from_checkpoint(self) -> None:
+        from emu3_vla.checkpoint import ACTION, NORMALIZER, TEXT, VISION
+
+        folder = self.folder
         parts = {"vision_tokenizer": VISION, "action_tokenizer": ACTION, "normalizer": NORMALIZER, "text_tokenizer": TEXT}
         for option, part in parts.items():
             path = str(folder / part)
@@ -109,7 +136,7 @@ class TokenizeConfig:
             object.__setattr__(self, option, path)
         if self.state:
             raise ValueError(f"state={','.join(self.state)}, but checkpoint={self.checkpoint} decides how the state is said; leave it out")
-        horizon = read_policy(folder / POLICY).horizon
+        horizon = self.settings.horizon
         if self.horizon != horizon:
             raise ValueError(f"horizon={self.horizon}, but the chunks of checkpoint={self.checkpoint} have {horizon} control steps")
 
@@ -251,7 +278,8 @@ def _write_missing(config: TokenizeConfig, sources: Sources, store: TokenStore) 
     with Progress(*columns) as progress, context.Pool(min(config.workers, len(missing))) as pool:
         total = len(store.metadata["shards"])
         bar = progress.add_task("", total=total, completed=total - len(missing), frames=0)
-        jobs = [(str(sources.shards[number][0].path), sources.shards[number][1], str(store.path), number) for number in missing]
+        checkpoint = str(config.folder) if config.scene == BY_CHECKPOINT else ""
+        jobs = [(str(sources.shards[number][0].path), sources.shards[number][1], str(store.path), number, checkpoint) for number in missing]
         for frames in pool.imap_unordered(_tokenize_shard, jobs):
             progress.update(bar, advance=1, frames=progress.tasks[bar].fields["frames"] + frames)
 
@@ -279,10 +307,10 @@ def tokenize_episode(
     horizon: int,
     asker: Questioner | None = None,
     state_words: StateWords | None = None,
-    scene: tuple[Viewer, NumberWords] | None = None,
+    seeing: Callable[[Episode], np.ndarray] | None = None,
 ) -> TokenizedEpisode:
-    """All frames of one episode, the chunk that begins at each, what `asker` asks about it, and the arm's state and what a viewer sees as
-    bins of words."""
+    """All frames of one episode, the chunk that begins at each, what `asker` asks about it, and the arm's state and what there is to see as
+    bins of words. seeing: gives these bins of every frame, (F, S)."""
     chunks = tokenizers.normalizer.normalize(chunks_of(episode.actions, episode.frame_step, horizon))
     return TokenizedEpisode(
         task=episode.task,
@@ -295,7 +323,7 @@ def tokenize_episode(
         chunk_imitate=own_chunks(episode.imitate, episode.frame_step, horizon),
         asked=_asked(episode, tokenizers, asker) if asker else None,
         state_FS=state_words.numbers(episode.robot_obs[episode.frame_step]) if state_words else None,
-        scene_FS=_seen(episode, *scene) if scene else None,
+        scene_FS=seeing(episode) if seeing else None,
     )
 
 
@@ -307,9 +335,27 @@ def _asked(episode: Episode, tokenizers: Tokenizers, asker: Questioner) -> Asked
     return Asked.of(frames)
 
 
-def _seen(episode: Episode, seeing: Viewer, words: NumberWords) -> np.ndarray:
-    moments = [seeing.of(episode.robot_obs[step], episode.scene_obs[step]) for step in episode.frame_step]
+def _known(viewer: Viewer, words: NumberWords, episode: Episode) -> np.ndarray:
+    """What a viewer knows of every frame from the recorded states: bins (F, S)."""
+    moments = [viewer.of(episode.robot_obs[step], episode.scene_obs[step]) for step in episode.frame_step]
     return words.numbers(np.array(moments).reshape(-1, len(words.names)))
+
+
+def _believed(checkpoint: str, episode: Episode) -> np.ndarray:
+    """What the checkpoint says that it sees in every frame: bins (F, S)."""
+    policy = _policy(checkpoint)
+    moments = [
+        {RGB_STATIC: static, RGB_GRIPPER: gripper, ROBOT_OBS: episode.robot_obs[step]}
+        for static, gripper, step in zip(episode.rgb_static, episode.rgb_gripper, episode.frame_step, strict=True)
+    ]
+    return np.concatenate([policy.see(episode.instruction, moments[at : at + SEEN_BATCH]) for at in range(0, len(moments), SEEN_BATCH)])
+
+
+@cache  # once a worker
+def _policy(checkpoint: str) -> Emu3Policy:
+    from policies.emu3 import Emu3Policy
+
+    return Emu3Policy(checkpoint)
 
 
 def _codes(tokenizers: Tokenizers, camera: str, images: np.ndarray) -> np.ndarray:
@@ -321,20 +367,23 @@ def _codes(tokenizers: Tokenizers, camera: str, images: np.ndarray) -> np.ndarra
     return codes
 
 
-def _tokenize_shard(job: tuple[str, int, str, int]) -> int:
+def _tokenize_shard(job: tuple[str, int, str, int, str]) -> int:
     """Tokenize shard `index` of an episode store as shard `number` of a token store; returns its number of frames."""
     import torch
 
     torch.set_num_threads(1)
-    episodes, index, output, number = job
+    episodes, index, output, number, checkpoint = job
     store, tokenizers = _opened(output)
     horizon = store.metadata["horizon"]
     source, dotted = EpisodeStore.open(episodes), store.metadata.get("questions", "")
     asker = questioner(dotted)(source.metadata["scene"]) if dotted else None
-    shown = store.metadata.get("scene_by", "")
-    scene = (viewer(shown)(source.metadata["scene"]), store.scene_words) if shown else None
+    by, seeing = store.metadata.get("scene_by", ""), None
+    if by == BY_CHECKPOINT:
+        seeing = partial(_believed, checkpoint)
+    elif by:
+        seeing = partial(_known, viewer(by)(source.metadata["scene"]), store.scene_words)
     tokenized = [
-        tokenize_episode(episode, number, tokenizers, horizon, asker, store.state_words, scene) for episode in source.read_shard(index)
+        tokenize_episode(episode, number, tokenizers, horizon, asker, store.state_words, seeing) for episode in source.read_shard(index)
     ]
     store.write_shard(number, tokenized)
     return sum(len(episode.frame_step) for episode in tokenized)
@@ -380,17 +429,16 @@ def _scene_words(config: TokenizeConfig) -> NumberWords | None:
     """How what there is to see is said: as its viewer wants it."""
     if not config.scene:
         return None
+    if config.scene == BY_CHECKPOINT:
+        return NumberWords.of(config.settings.scene)
     kind = viewer(config.scene)
     return NumberWords.within(kind.limits, kind.bins, kind.powers)
 
 
 def _state_words(config: TokenizeConfig, sources: Sources) -> StateWords | None:
     """How the arm's state is said: as the checkpoint says it, or over the range that the episodes have."""
-    if config.checkpoint:
-        from emu3_vla.checkpoint import POLICY, read_policy
-        from emu3_vla.checkpoint.hub import find_folder
-
-        fields = read_policy(find_folder(config.checkpoint) / POLICY).state
+    if config.settings:
+        fields = config.settings.state
         return StateWords.of(fields) if fields else None
     if not config.state:
         return None
@@ -404,7 +452,7 @@ def _require_scenes(config: TokenizeConfig, sources: Sources) -> None:
     """Each scene, and that it can be asked about, before a worker asks."""
     for option, find in (("questions", questioner), ("scene", viewer)):
         dotted = getattr(config, option)
-        for store in sources.stores if dotted else ():
+        for store in sources.stores if dotted and dotted != BY_CHECKPOINT else ():
             if "scene" not in store.metadata:
                 raise ValueError(f"{option}={dotted}: {store.path} does not say which scene it shows; tokenize it without {option}")
             find(dotted)(store.metadata["scene"])
