@@ -8,8 +8,9 @@
 dotted name, made with the episode store's scene, with `about(robot_obs, scene_obs)` -> pairs of sentences and `sentences()`.
 
 `scene=envs.calvin.scene_numbers:SceneNumbers` writes what there is to see in numbers, which a policy that is trained with `scene_fraction`
-says before it acts: any class with `limits`, `powers`, `bins` and `of(robot_obs, scene_obs)` -> numbers. `scene=checkpoint` writes what the checkpoint itself
-says that it sees: recordings of a real arm know no more, and a policy that says so goes on saying it when it is trained further.
+says before it acts: any class with `limits`, `powers`, `bins` and `of(robot_obs, scene_obs)` -> numbers. `scene=checkpoint` writes what the
+checkpoint itself says that it sees: recordings of a real arm know no more, and a policy that says so goes on saying it when it is trained
+further.
 
 Action and text tokenizers that are not given are fitted on the episodes. Worker processes take a shard each; shards that are there are
 skipped, so the same command goes on after a kill. Shards keep their numbers; those of a second store follow behind the first one's last.

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+import tiny_tokens
 
 from action_tokenizer import ActionNormalizer
 from emu3_vla.data.episodes import EpisodeStore
@@ -17,6 +18,7 @@ from emu3_vla.vision_tokenizer import VisionTokenizerError
 from emu3_vla.vision_tokenizer.emu3 import Emu3Config, Emu3Tokenizer
 from emu3_vla.vision_tokenizer.light import LightConfig, LightTokenizer
 from envs.spec import Episode
+from policies.emu3 import Emu3Policy
 
 HORIZON = 10
 WORDINGS = {"open_drawer": ["open the drawer", "pull the drawer open"], "close_drawer": ["close the drawer"]}
@@ -311,6 +313,34 @@ def test_what_there_is_to_see_in_words(folder, tmp_path):
         np.testing.assert_array_equal(tokenized.scene_FS[:, 0], left.clip(0, 14))
     with pytest.raises(ValueError, match="does not say which scene it shows; tokenize it without scene"):
         main(config_for(folder, "unseen", scene="test_tokenize:Seer"))
+
+
+def test_what_a_checkpoint_says_that_it_sees(folder, tmp_path, tiny_checkpoint):
+    """Frame by frame what it would say before it acts, in its own words, of recordings that know nothing of the scene."""
+    store = EpisodeStore.create(tmp_path / "episodes", {"wordings": WORDINGS, "scene": "X"})
+    for shard in range(2):
+        store.write_shard(shard, [make_episode(2 * shard, 23), make_episode(2 * shard + 1, 31)])
+    made = {"episodes": str(store.path), "workers": 1}
+    seen = TokenizeConfig(
+        vision_tokenizer=str(folder / "vision"), output_dir=str(tmp_path / "seen"), scene="test_tokenize:Seer", state=("x",), **made
+    )
+    main(seen)
+    policy = tiny_tokens.train(tmp_path / "seen", tmp_path / "run", steps=2, validation_fraction=0.5, scene_fraction=0.5)
+    main(TokenizeConfig(checkpoint=str(policy), output_dir=str(tmp_path / "again"), scene="checkpoint", **made))
+
+    tokens, acting = TokenStore.open(tmp_path / "again"), Emu3Policy(policy)
+    assert tokens.metadata["scene"] == TokenStore.open(tmp_path / "seen").metadata["scene"]
+    tokenized, episode = tokens.read_shard(1)[1], store.read_shard(1)[1]
+    assert tokenized.scene_FS.shape == (len(episode.frame_step), 2)
+    for frame, step in enumerate(episode.frame_step):
+        acting.reset(episode.instruction)
+        looked = {"rgb_static": episode.rgb_static[frame], "rgb_gripper": episode.rgb_gripper[frame], "robot_obs": episode.robot_obs[step]}
+        acting.infer(looked)
+        np.testing.assert_array_equal(tokenized.scene_FS[frame], acting._alone.scene)
+    with pytest.raises(ValueError, match="scene=checkpoint, but checkpoint=.* says nothing of what it sees"):
+        TokenizeConfig(checkpoint=str(tiny_checkpoint), scene="checkpoint", **made)
+    with pytest.raises(ValueError, match="says nothing of what it sees before it acts"):
+        Emu3Policy(tiny_checkpoint).see("go left", [])
 
 
 def test_an_entry_that_no_arm_has():
