@@ -180,7 +180,7 @@ def save_loaded(checkpoint: Checkpoint, folder: str | Path, *, provenance: dict[
     if checkpoint.vocabulary is None or kind is None or isinstance(model, Emu3TextModel):
         lacks = "a known vocabulary" if checkpoint.vocabulary is None else "an output head"
         raise CheckpointError(f"{checkpoint.folder} has not {lacks}, so it cannot be saved as a folder of this program; export it instead")
-    came_with = {name: value for name, value in checkpoint.provenance.items() if name not in ("format", "files")}
+    came_with = _story(checkpoint.provenance)
     with _written(folder, checkpoint.policy, came_with | (provenance or {})) as temporary:
         _write_model(temporary / MODEL, model.config, plain_weights(model), checkpoint.vocabulary)
         for name, part in ((VISION, checkpoint.vision_tokenizer), (TEXT, checkpoint.text_tokenizer), (ACTION, checkpoint.action_tokenizer)):
@@ -240,6 +240,15 @@ def _load_model(
             raise CheckpointError(f"{folder / CONFIG}: {name} is {getattr(config, name)}, but {VOCABULARY} needs {size}")
     files = WeightFiles.open(folder)
     return build_decoder(model_class, config, files, {name: name for name in files.tensors}, device=device, dtype=dtype)
+
+
+def came_from(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's provenance tells: all of it but its format and the hashes of its files. Raises FileNotFoundError."""
+    return _story(read_json(folder / PROVENANCE))
+
+
+def _story(provenance: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in provenance.items() if name not in ("format", "files")}
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from emu3_vla import checkpoint, lora
+from emu3_vla.checkpoint.hub import find_folder
 from emu3_vla.documents import Batch
 from emu3_vla.lora import LoraSettings
 from emu3_vla.model import BlockEmu3ForCausalLM
@@ -442,6 +443,7 @@ def _export(
     )
     if config.only_depth:
         averaged = depth_only.folded(model, averaged)
+        policy = checkpoint.read_policy(find_folder(config.init_from) / checkpoint.POLICY)  # what acts stays as it is
     settings = dataclasses.asdict(config)
     settings.pop("output_dir")
     provenance = {
@@ -455,6 +457,8 @@ def _export(
         "held_out": chosen.held_out,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
     }
+    if config.init_from:
+        provenance["started_from"] = checkpoint.came_from(find_folder(config.init_from))
     checkpoint.save(
         folder,
         config=model.config,

@@ -38,11 +38,17 @@ def test_a_policy_is_made_as_the_shipped_one_was(run, tmp_path):
     sizes = ("model.code_dim=8", "model.block_hidden=512")  # the first training's
     joint = ("preset=stage/joint,stage/debug", "tokens=all_tokens", "init_from=second/policy", "scene_fraction=0.85", *sizes)
     assert cli.main(["train", "output_dir=joint", *joint]) == 0
-    run("eval", "output_dir=results", "policy=joint/policy", "eval.num_sequences=1", "eval.max_steps=20", "eval.workers=1")
+    depth = ("preset=stage/depth,stage/debug", "tokens=all_tokens", "init_from=joint/policy", *sizes)
+    assert cli.main(["train", "output_dir=depth", *depth]) == 0
+    run("eval", "output_dir=results", "policy=depth/policy", "eval.num_sequences=1", "eval.max_steps=20", "eval.workers=1")
 
     results = json.loads((tmp_path / "results" / "results.json").read_text())
     assert results["errors"] == 0 and results["num_sequences"] == 1
-    provenance = json.loads((tmp_path / "joint" / "policy" / "provenance.json").read_text())
+    told = json.loads((tmp_path / "depth" / "policy" / "provenance.json").read_text())
+    provenance = told["started_from"]
+    began = [each["config"]["init_from"] for each in (told, provenance, provenance["started_from"])]
+    assert (tmp_path / "depth/policy/policy.yaml").read_text() == (tmp_path / "joint/policy/policy.yaml").read_text()
+    assert began == ["joint/policy", "second/policy", "first/policy"]
     assert provenance["command"] == "train" and provenance["config"]["init_from"] == "second/policy"
     demonstrated, driven = provenance["token_store"]["episodes"]
     assert (demonstrated["store"], demonstrated["seed"], demonstrated["shards"]) == ("seen_D", 0, 2)
