@@ -141,6 +141,11 @@ class Emu3Policy:
         unread = [session.unread(seen) for session, seen in zip(sessions, looks, strict=True)]
         return np.stack(self._words.write_each(sequences, sentences, self._read(sequences, unread, self._words, sentences)))
 
+    @property
+    def last_chunk(self) -> list[Segment]:
+        """What a document has of the last decision: what was seen, what was said of it, and the actions."""
+        return self._alone.last_chunk
+
     def look(self, observation: dict[str, np.ndarray]) -> list[Segment]:
         """What a document has of this moment before its actions: images as codes, and the arm's state where it is said."""
         return self._alone.look(observation)
@@ -294,6 +299,7 @@ class Session:
         self.generator = torch.Generator(policy.checkpoint.model.device)
         self._text: Text | None = None
         self.scene: np.ndarray | None = None  # what was seen last in this subtask, in bins
+        self.last_chunk: list[Segment] = []  # of the last decision: what was seen, what was said of it, and the actions
         self._past: list[list[Segment]] = []  # segments of each chunk of this subtask that is still shown
 
     def reset(self, instruction: str, *, task: str | None = None, seed: int | None = None) -> None:
@@ -380,7 +386,7 @@ class Session:
     def remember(self, chunk: list[Segment], scene: np.ndarray | None) -> None:
         """Add a chunk, and what was seen, to the past. Where the oldest must go, all after the instruction moves: the cache keeps that."""
         self._past.append(chunk)
-        self.scene = scene
+        self.last_chunk, self.scene = chunk, scene
         history = self.policy.history
         if len(self._past) > history:
             self._past = self._past[len(self._past) - history :]

@@ -191,10 +191,8 @@ class _Recorder:
         self._chunks = []
 
     def infer(self, observation: dict[str, np.ndarray]) -> dict:
-        from emu3_vla.documents import ActionChunk
-
         answer = self.policy.infer(observation)
-        self._chunks.append([*self.policy.look(observation), ActionChunk(answer["token_ids"])])
+        self._chunks.append(self.policy.last_chunk)
         return answer
 
     def written(self) -> list:

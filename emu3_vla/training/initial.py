@@ -74,6 +74,20 @@ def sized_as_init_from(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **found))
 
 
+def left_unsaid(config: TrainConfig) -> str:
+    """A warning where the policy that training starts from says what it sees before it acts, and would learn to act without; else nothing."""
+    acts = not config.context or config.mixture.act
+    if not config.init_from or config.scene_fraction or config.only_depth or config.preference.pairs or not acts:
+        return ""
+    settings = find_folder(config.init_from) / checkpoint.POLICY
+    if not settings.is_file() or not checkpoint.read_policy(settings).scene:
+        return ""
+    return (
+        f"warning: init_from={config.init_from} says what it sees before it acts, and with scene_fraction=0 it learns to act without and may "
+        "forget what it could; tokenize with scene=checkpoint and give scene_fraction=0.85"
+    )
+
+
 def _sizes_in(folder: Path) -> dict[str, Any]:
     """Those of loop.ModelSizes that the files of a model/ folder state."""
     from emu3_vla.training.loop import ModelSizes

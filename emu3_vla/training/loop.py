@@ -39,7 +39,7 @@ from emu3_vla.training import depth_only, preference, processes, sharded_state, 
 from emu3_vla.training import figures as figures_of
 from emu3_vla.training.figures import Figures, LossConfig
 from emu3_vla.training.initial import new_model as _new_model
-from emu3_vla.training.initial import outline, sized_as_init_from
+from emu3_vla.training.initial import left_unsaid, outline, sized_as_init_from
 from emu3_vla.training.mixture import MixtureConfig
 from emu3_vla.training.optimizer import FlatAdamW, OptimizerConfig
 from emu3_vla.training.parallel import DEVICES, ParallelConfig
@@ -250,6 +250,8 @@ def main(config: TrainConfig) -> None:
     if config.compile and not (shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")):
         raise ValueError("compile=true needs a C++ compiler, and none of g++, clang++, c++ is on the path; use compile=false")
     config = sized_as_init_from(config)
+    if lost := left_unsaid(config):
+        print(lost)
     source = open_source(config.tokens, config.model.block_size)  # a wrong path ends here, not in a child process
     ranks = max(config.processes, config.parallel.ranks)
     if ranks > 1:
@@ -443,7 +445,8 @@ def _export(
     )
     if config.only_depth:
         averaged = depth_only.folded(model, averaged)
-        policy = checkpoint.read_policy(find_folder(config.init_from) / checkpoint.POLICY)  # what acts stays as it is
+    if config.init_from and (config.only_depth or config.preference.pairs):  # how it acts is not what is learnt
+        policy = checkpoint.read_policy(find_folder(config.init_from) / checkpoint.POLICY)
     settings = dataclasses.asdict(config)
     settings.pop("output_dir")
     provenance = {

@@ -25,6 +25,15 @@ def test_rollouts_are_kept_as_the_policy_saw_them(tiny_checkpoint, tmp_path):
     assert first[4] != other[4], "and answer differently"
 
 
+def test_what_the_policy_says_that_it_sees_is_kept_too(tmp_path):
+    store = tiny_tokens.tiny_store(tmp_path / "tokens", shards=2, episodes_per_shard=2, felt=True)
+    policy = tiny_tokens.train(store.path, tmp_path / "run", steps=2, validation_fraction=0.5, scene_fraction=0.5)
+    config = PreferConfig(policy=str(policy), situations_per_shard=1, max_steps=10, output_dir=str(tmp_path))
+    (answers,) = prefer._rollouts(config, np.random.default_rng(0))
+    (written,) = answers[0].written
+    assert [type(part) for part in written.segments] == [Begin, Text, Image, Image, Text, Text, ActionChunk]
+
+
 def test_pictures_for_captions(tiny_checkpoint, tmp_path, monkeypatch):
     """The command, in this process: pairs of pictures of the store's captions, once and the same again."""
     store = tiny_tokens.tiny_store(tmp_path / "asked", shards=1, episodes_per_shard=2, asked=True)

@@ -51,6 +51,17 @@ def test_another_tokenizers_store_is_refused(tiny_store, tiny_checkpoint, tmp_pa
         initial.new_model(config, open_source(config.tokens, 2))
 
 
+def test_a_policy_that_would_fall_silent_is_warned_of(tmp_path, tiny_checkpoint, capsys):
+    store = tiny_tokens.tiny_store(tmp_path / "tokens", shards=2, episodes_per_shard=2, felt=True)
+    saying = tiny_tokens.train(store.path, tmp_path / "run", steps=2, validation_fraction=0.5, scene_fraction=0.5)
+    told = {"init_from": str(saying), "steps": 1, "validation_fraction": 0.5}
+    tiny_tokens.train(store.path, tmp_path / "silent", **told)
+    assert "says what it sees before it acts, and with scene_fraction=0 it learns to act without" in capsys.readouterr().out
+    tiny_tokens.train(store.path, tmp_path / "further", **told, scene_fraction=0.5)
+    assert "says what it sees" not in capsys.readouterr().out
+    assert not initial.left_unsaid(tiny_tokens.config(store.path, tmp_path, init_from=str(tiny_checkpoint)))
+
+
 def test_places_of_larger_images_are_stretched(tiny_store, tiny_checkpoint, tmp_path):
     store = _store_with(tiny_store, tmp_path / "larger", {RGB_STATIC: 256, RGB_GRIPPER: 96})
     config = tiny_tokens.config(store.path, tmp_path / "run", init_from=str(tiny_checkpoint))
