@@ -38,8 +38,8 @@ from emu3_vla.model import BlockEmu3ForCausalLM
 from emu3_vla.training import depth_only, preference, processes, sharded_state, state, team
 from emu3_vla.training import figures as figures_of
 from emu3_vla.training.figures import Figures, LossConfig
-from emu3_vla.training.initial import new_model as _new_model
 from emu3_vla.training.initial import left_unsaid, outline, sized_as_init_from
+from emu3_vla.training.initial import new_model as _new_model
 from emu3_vla.training.mixture import MixtureConfig
 from emu3_vla.training.optimizer import FlatAdamW, OptimizerConfig
 from emu3_vla.training.parallel import DEVICES, ParallelConfig
