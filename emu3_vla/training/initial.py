@@ -75,7 +75,7 @@ def sized_as_init_from(config: TrainConfig) -> TrainConfig:
 
 
 def left_unsaid(config: TrainConfig) -> str:
-    """A warning where the policy that training starts from says what it sees before it acts, and would learn to act without; else nothing."""
+    """A warning where the policy that training starts from says what it sees before it acts, and learns to act without; or nothing."""
     acts = not config.context or config.mixture.act
     if not config.init_from or config.scene_fraction or config.only_depth or config.preference.pairs or not acts:
         return ""
@@ -83,8 +83,8 @@ def left_unsaid(config: TrainConfig) -> str:
     if not settings.is_file() or not checkpoint.read_policy(settings).scene:
         return ""
     return (
-        f"warning: init_from={config.init_from} says what it sees before it acts, and with scene_fraction=0 it learns to act without and may "
-        "forget what it could; tokenize with scene=checkpoint and give scene_fraction=0.85"
+        f"warning: init_from={config.init_from} says what it sees before it acts, and with scene_fraction=0 it learns to act without and "
+        "may forget what it could; tokenize with scene=checkpoint and give scene_fraction=0.85"
     )
 
 
