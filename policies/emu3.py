@@ -125,22 +125,6 @@ class Emu3Policy:
         """Read, while the arm moves, what the next decision begins with: instruction and past. No decision depends on it."""
         self._alone.prepare()
 
-    @torch.inference_mode()
-    def see(self, instruction: str, observations: Sequence[dict[str, np.ndarray]]) -> np.ndarray:
-        """What the policy says that it sees in each of these moments, by itself and without a past: bins of its words, uint16 (F, S).
-
-        Raises ValueError for a policy that says nothing before it acts, and what `infer` raises.
-        """
-        if self._words is None:
-            raise ValueError(f"{self.name} says nothing of what it sees before it acts; a policy does that was trained with scene_fraction")
-        sessions = self.sessions(len(observations))
-        for session in sessions:
-            session.reset(instruction)
-        looks = [session.look(observation) for session, observation in zip(sessions, observations, strict=True)]
-        sequences, sentences = [session.sequence for session in sessions], [self._words.begin() for _ in sessions]
-        unread = [session.unread(seen) for session, seen in zip(sessions, looks, strict=True)]
-        return np.stack(self._words.write_each(sequences, sentences, self._read(sequences, unread, self._words, sentences)))
-
     @property
     def last_chunk(self) -> list[Segment]:
         """What a document has of the last decision: what was seen, what was said of it, and the actions."""

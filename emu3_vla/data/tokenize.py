@@ -26,7 +26,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -48,13 +48,14 @@ from emu3_vla.data.tokens import (
     TokenStore,
     content_hash,
 )
+from emu3_vla.documents import Image
 from emu3_vla.number_words import NumberWords, StateWords, check_entries
 from emu3_vla.text import TextTokenizer
-from envs.spec import ACTION_DIM, CAMERAS, CONTROL_HZ, RGB_GRIPPER, RGB_STATIC, ROBOT_OBS, ActionUnits, Episode
+from envs.spec import ACTION_DIM, CAMERAS, CONTROL_HZ, RGB_GRIPPER, RGB_STATIC, ActionUnits, Episode
 
 if TYPE_CHECKING:
     from emu3_vla.checkpoint import PolicySettings
-    from policies.emu3 import Emu3Policy
+    from emu3_vla.generation.seeing import Seer
 
 # One thread encodes this many frames fastest: more no longer fit the caches.
 ENCODE_BATCH = 8
@@ -308,12 +309,12 @@ def tokenize_episode(
     horizon: int,
     asker: Questioner | None = None,
     state_words: StateWords | None = None,
-    seeing: Callable[[Episode], np.ndarray] | None = None,
+    seeing: Callable[[Episode, TokenizedEpisode], np.ndarray] | None = None,
 ) -> TokenizedEpisode:
     """All frames of one episode, the chunk that begins at each, what `asker` asks about it, and the arm's state and what there is to see as
     bins of words. seeing: gives these bins of every frame, (F, S)."""
     chunks = tokenizers.normalizer.normalize(chunks_of(episode.actions, episode.frame_step, horizon))
-    return TokenizedEpisode(
+    tokenized = TokenizedEpisode(
         task=episode.task,
         instruction=episode.instruction,
         shard=shard,
@@ -324,8 +325,8 @@ def tokenize_episode(
         chunk_imitate=own_chunks(episode.imitate, episode.frame_step, horizon),
         asked=_asked(episode, tokenizers, asker) if asker else None,
         state_FS=state_words.numbers(episode.robot_obs[episode.frame_step]) if state_words else None,
-        scene_FS=seeing(episode) if seeing else None,
     )
+    return replace(tokenized, scene_FS=seeing(episode, tokenized)) if seeing else tokenized
 
 
 def _asked(episode: Episode, tokenizers: Tokenizers, asker: Questioner) -> Asked:
@@ -336,27 +337,31 @@ def _asked(episode: Episode, tokenizers: Tokenizers, asker: Questioner) -> Asked
     return Asked.of(frames)
 
 
-def _known(viewer: Viewer, words: NumberWords, episode: Episode) -> np.ndarray:
+def _known(viewer: Viewer, words: NumberWords, episode: Episode, _: TokenizedEpisode) -> np.ndarray:
     """What a viewer knows of every frame from the recorded states: bins (F, S)."""
     moments = [viewer.of(episode.robot_obs[step], episode.scene_obs[step]) for step in episode.frame_step]
     return words.numbers(np.array(moments).reshape(-1, len(words.names)))
 
 
-def _believed(checkpoint: str, episode: Episode) -> np.ndarray:
+def _believed(checkpoint: str, _: Episode, episode: TokenizedEpisode) -> np.ndarray:
     """What the checkpoint says that it sees in every frame: bins (F, S)."""
-    policy = _policy(checkpoint)
-    moments = [
-        {RGB_STATIC: static, RGB_GRIPPER: gripper, ROBOT_OBS: episode.robot_obs[step]}
-        for static, gripper, step in zip(episode.rgb_static, episode.rgb_gripper, episode.frame_step, strict=True)
-    ]
-    return np.concatenate([policy.see(episode.instruction, moments[at : at + SEEN_BATCH]) for at in range(0, len(moments), SEEN_BATCH)])
+    seer, parts = _seer(checkpoint), []
+    for at in range(0, len(episode.frame_step), SEEN_BATCH):
+        rows = slice(at, at + SEEN_BATCH)
+        looks = [
+            [Image(RGB_STATIC, static), Image(RGB_GRIPPER, gripper)]
+            for static, gripper in zip(episode.static_codes[rows], episode.gripper_codes[rows], strict=True)
+        ]
+        parts.append(seer.see(episode.instruction, looks, None if episode.state_FS is None else episode.state_FS[rows]))
+    return np.concatenate(parts)
 
 
 @cache  # once a worker
-def _policy(checkpoint: str) -> Emu3Policy:
-    from policies.emu3 import Emu3Policy
+def _seer(checkpoint: str) -> Seer:
+    from emu3_vla.checkpoint import load
+    from emu3_vla.generation.seeing import Seer
 
-    return Emu3Policy(checkpoint)
+    return Seer(load(checkpoint))
 
 
 def _codes(tokenizers: Tokenizers, camera: str, images: np.ndarray) -> np.ndarray:

@@ -11,9 +11,11 @@ import pytest
 import tiny_tokens
 
 from action_tokenizer import ActionNormalizer
+from emu3_vla.checkpoint import load
 from emu3_vla.data.episodes import EpisodeStore
 from emu3_vla.data.tokenize import TokenizeConfig, chunks_of, main, own_chunks
 from emu3_vla.data.tokens import TokenStore, TokenStoreError
+from emu3_vla.generation import seeing
 from emu3_vla.vision_tokenizer import VisionTokenizerError
 from emu3_vla.vision_tokenizer.emu3 import Emu3Config, Emu3Tokenizer
 from emu3_vla.vision_tokenizer.light import LightConfig, LightTokenizer
@@ -340,7 +342,7 @@ def test_what_a_checkpoint_says_that_it_sees(folder, tmp_path, tiny_checkpoint):
     with pytest.raises(ValueError, match="scene=checkpoint, but checkpoint=.* says nothing of what it sees"):
         TokenizeConfig(checkpoint=str(tiny_checkpoint), scene="checkpoint", **made)
     with pytest.raises(ValueError, match="says nothing of what it sees before it acts"):
-        Emu3Policy(tiny_checkpoint).see("go left", [])
+        seeing.Seer(load(tiny_checkpoint))
 
 
 def test_an_entry_that_no_arm_has():
