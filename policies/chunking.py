@@ -139,6 +139,7 @@ class ChunkedPolicy:
         self.policy, self.options, self.realtime = policy, options, realtime
         self.name, self.requires = policy.name, policy.requires
         self._preparing = threading.Lock()
+        self._unprepared: Exception | None = None  # why computing ahead failed; the next decision fails so
         self._asked: SimpleQueue[tuple[Future, dict[str, np.ndarray]] | None] = SimpleQueue()
         # A daemon: a policy that hangs must not keep the program from ending.
         threading.Thread(target=self._decide, name="decisions", daemon=True).start()
@@ -167,6 +168,7 @@ class ChunkedPolicy:
         self._land()
         self._clear()
         with self._preparing:
+            self._unprepared = None
             self.policy.reset(instruction, task=task, seed=seed)
 
     def infer(self, observation: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -230,6 +232,8 @@ class ChunkedPolicy:
         while (asked := self._asked.get()) is not None:
             future, observation = asked
             try:
+                if self._unprepared is not None:
+                    raise self._unprepared
                 future.set_result((self.policy.infer(observation), time.monotonic()))
             except Exception as error:  # noqa: BLE001 - raised again where it is collected
                 future.set_exception(error)
@@ -241,7 +245,10 @@ class ChunkedPolicy:
         prepare = getattr(self.policy, "prepare", None)
         if self.realtime and prepare is not None:
             with self._preparing:
-                prepare()
+                try:
+                    prepare()
+                except Exception as error:  # noqa: BLE001 - raised by the next decision: this thread has to live until then
+                    self._unprepared = error
 
     def _collect(self) -> dict[str, Any] | None:
         """The decision that is due now, its actions queued; None while it is late and the arm is to hold."""

@@ -56,7 +56,7 @@ def counted(metrics: Path) -> list[dict]:
     rows: dict[tuple[int, bool], dict] = {}
     for line in metrics.read_text().splitlines():
         row = json.loads(line)
-        if "step" in row:
+        if "step" in row and "event" not in row:
             rows[row["step"], "validation" in row] = row
     return [rows[key] for key in sorted(rows)]
 

@@ -17,8 +17,9 @@ emu3_vla() { "$PYTHON" -m emu3_vla.cli "$@"; }
 stage() { # name, presets, steps, options...
     local steps=$3
     [ -z "$SMALL" ] || steps=2
+    local every=$((steps > 10 ? steps / 10 : 1))
     emu3_vla train tokens="$OUT/tokens" preset="$2" steps="$steps" processes="$PROCESSES" \
-        validate_every=$((steps > 10 ? steps / 10 : 1)) checkpoint_every=$((steps > 10 ? steps / 10 : 1)) output_dir="$OUT/$1" "${@:4}"
+        validate_every=$every checkpoint_every=$every output_dir="$OUT/$1" "${@:4}"
 }
 
 emu3_vla collect output_dir="$OUT/episodes" shards=$SHARDS chains_per_shard=$CHAINS seed=21 workers="$PROCESSES"

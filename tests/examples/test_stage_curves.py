@@ -16,7 +16,7 @@ def _row(step, validation=None, **losses):
 
 
 ROWS = [
-    {"event": "started"},
+    {"event": "gradient skipped", "step": 5},
     _row(5, loss_vision=3.0, loss_special=9.0, lr=1e-3),
     _row(5, validation=True, loss_vision=2.5, loss_text=2.0, action_accuracy=0.5),
     _row(10, loss_vision=2.0),

@@ -182,6 +182,29 @@ def test_the_policy_computes_ahead_while_the_arm_executes(realtime):
     chunked.close()
 
 
+def test_what_fails_ahead_is_raised_by_the_next_decision():
+    """And not by silence: the thread that decides lives on, also after a reset."""
+    policy, going = Chunks(), threading.Event()
+
+    def prepare():
+        going.set()
+        raise RuntimeError("no memory is left")
+
+    policy.prepare = prepare
+    chunked = ChunkedPolicy(policy, ChunkingOptions(ahead=3))
+    for _ in range(2):
+        going.clear()
+        chunked.reset("go")
+        chunked.infer(observation())
+        assert going.wait(5)
+        chunked.infer(observation())  # what is left of the first chunk, while the second is asked for
+        with pytest.raises(RuntimeError, match="no memory is left"):
+            for _ in range(100):
+                chunked.infer(observation())
+                time.sleep(0.01)
+    chunked.close()
+
+
 def test_wait_gives_no_command_and_stop_ends_the_run():
     policy = Gate()
     chunked = started(policy, late="wait")
