@@ -3,11 +3,13 @@
     python -m benchmarks.serving                                          all three
     python -m benchmarks.serving policy=calvin-d clients=8 decisions=20 rounds=3 threads=1 workers=2
     python -m benchmarks.serving only=batching                            what the policy itself gains by batches, without network and clock
+    python -m benchmarks.serving only=throughput policy=benchmarks.serving:Light
 
 Overhead: a client's round trip less the time that the policy itself took, on loopback, two images of 200×200 (bar: 3 ms at the median).
-Throughput: answers a second of one client and of several, in turns (bar: 3 times as many with 8), about what the simulator's cameras
-see. First they ask as fast as they are answered, then as arms do, which execute each chunk, 10 steps of 30 Hz, before they ask again. By
-the clock, which means something on a machine at rest, and by the server's processor time.
+Throughput: answers a second of one client and of several, in turns (bar: 3 times as many with 8, of a light policy), about what the
+simulator's cameras see. First they ask as fast as they are answered, then as arms do, which execute each chunk, 10 steps of 30 Hz, before
+they ask again. By the clock, which means something on a machine at rest, and by the server's processor time. `Light` is a policy to which a
+batch costs little more than one decision, so that it shows what the server makes of that.
 Batching: processor time of a decision by stage, alone and in a batch of several, in turns, in this process.
 Bytes: of a whole message with the cameras' own images of the simulator, as pixels, JPEG, code ids and packed ids; decisions from ids are
 compared with those from pixels.
@@ -28,6 +30,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 import policies
@@ -56,6 +59,41 @@ class Costless:
         actions = np.zeros((CHUNK, 7), np.float32)
         actions[:, -1] = GRIPPER_OPEN
         return {"actions": actions}
+
+
+class Light:
+    """Both pictures, made smaller, through a perceptron of 20 M random weights: it reads them once for all that ask."""
+
+    name, requires = "light", frozenset(CAMERAS)
+    SIDE, WIDTH = 40, 2048
+
+    def __init__(self):
+        torch.manual_seed(0)
+        torch.set_num_threads(1)
+        first, last = torch.nn.Linear(len(CAMERAS) * 3 * self.SIDE**2, self.WIDTH), torch.nn.Linear(self.WIDTH, CHUNK * 7)
+        self.layers = torch.nn.Sequential(first, torch.nn.ReLU(), last, torch.nn.Tanh()).eval()
+
+    def sessions(self, number: int) -> list[Light]:
+        """It keeps no past, so one will do for all."""
+        return [self] * number
+
+    def reset(self, instruction, *, task=None, seed=None):
+        pass
+
+    def infer(self, observation):
+        return self.infer_many([self], [observation])[0]
+
+    @torch.inference_mode()
+    def infer_many(self, sessions, observations):
+        pixels = np.stack([[self._small(seen[camera]) for camera in CAMERAS] for seen in observations])
+        actions = self.layers(torch.from_numpy(pixels).flatten(1).float() / 255).view(-1, CHUNK, 7).numpy()
+        actions[..., -1] = GRIPPER_OPEN
+        return [{"actions": chunk} for chunk in actions]
+
+    def _small(self, image: np.ndarray) -> np.ndarray:
+        """Every so many pixels of a square image."""
+        at = np.arange(self.SIDE) * len(image) // self.SIDE
+        return image[np.ix_(at, at)]
 
 
 class Served:
@@ -274,7 +312,8 @@ def main(
     if only in ("", "batching"):
         say_batching(policy, clients, rounds, seen)
     if only in ("", "throughput"):
-        say_throughput(policy, clients, decisions, rounds, seen, f"threads={threads}", f"workers={workers}")
+        options = [] if ":" in policy else [f"threads={threads}", f"workers={workers}"]  # a class has its own
+        say_throughput(policy, clients, decisions, rounds, seen, *options)
     if only:
         return
     added, cpu_ms = overhead("benchmarks.serving:Costless", requests)

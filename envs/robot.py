@@ -58,8 +58,9 @@ class Arm(Protocol):
 
     Optional, where the arm can: `sent()`, (pose (6,), held): the position [m] and Euler angles [rad] to which it was sent, commands on
     their way included, and whether it has held still since the last command. `judge(task) -> bool`: whether that task is solved (a
-    button, a person, a sensor); without it no subtask of a rollout counts as solved. `idle_periods`, `periods`: control periods since
-    `home` without a command, and all.
+    button, a person, a sensor); without it no subtask of a rollout counts as solved. `confine(low_m, high_m)`: virtual walls for the tool's
+    position (3,), world frame, until the next `home`: the arm's own controller stops it, for good, before it passes one. `idle_periods`,
+    `periods`: control periods since `home` without a command, and all.
     """
 
     name: str
@@ -201,6 +202,11 @@ class RobotEnv:
     def sent(self) -> tuple[np.ndarray, bool] | None:
         """See Arm; None where the arm does not say."""
         return self.arm.sent() if hasattr(self.arm, "sent") else None
+
+    def confine(self, low_m: np.ndarray, high_m: np.ndarray) -> None:
+        """See Arm; nothing where the arm has no walls of its own."""
+        if hasattr(self.arm, "confine"):
+            self.arm.confine(low_m, high_m)
 
     def completed(self, start: dict, info: dict, among: tuple[str, ...] | None = None) -> set[str]:
         """The tasks that were solved between two infos: by the oracle in simulation, by `Arm.judge` else."""

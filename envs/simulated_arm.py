@@ -21,6 +21,7 @@ from envs.spec import CAMERAS, GRIPPER_OPEN, MAX_RELATIVE_POSITION_M, MAX_RELATI
 
 UNIT = np.array([MAX_RELATIVE_POSITION_M] * 3 + [MAX_RELATIVE_ROTATION_RAD] * 3)
 MOST_QUEUED = 3  # commands that wait at the arm for their period, beyond those still on their way
+REACTION_SUBSTEPS = 8  # of physics, 1/240 s each: as far ahead as the arm's controller looks for its walls
 _SAME_S = 1e-9  # virtual time is a sum of periods: what is due now may seem due a rounding later
 
 
@@ -49,18 +50,20 @@ class SimulatedArm:
         self.seed, self._lock, self._closed = seed, threading.RLock(), threading.Event()
         self._thread: threading.Thread | None = None
         self._began = False
+        self._walls: tuple[np.ndarray, np.ndarray] | None = None  # low and high corner of where the tool may be [m]
 
     # -- the interface of envs.robot.Arm
 
     def home(self, options: dict[str, np.ndarray] | None = None) -> None:
         """Stand in the neutral pose, or in the state that `options` gives."""
         with self._lock:
+            self._walls = self.simulation.watch = None
             self.env.reset(seed=self.seed, options=options)
             self._random = np.random.default_rng(self.seed)
             self._inbox: deque[tuple[float, np.ndarray]] = deque()
             self._seen: deque[tuple[float, Observation]] = deque()
             self._pictures: Observation = {}
-            self._looks, self._stopped, self._held = False, False, True
+            self._looks, self._stopped, self._held = False, "", True
             self._gripper, self._ticks, self._began = GRIPPER_OPEN, 0, True
             self._gripper = float(self.env.state()[ROBOT_OBS][-1])
             self.log: list[Period] = []
@@ -89,7 +92,7 @@ class SimulatedArm:
         with self._lock:
             self._require_home()
             if self._stopped:
-                raise ArmStopped("the arm was stopped; home() releases it")
+                raise ArmStopped(f"the arm was stopped{self._stopped}; home() releases it")
             now = self._now()
             behind = max(0, int(now / PERIOD_S) - self._ticks)  # periods that this machine still owes the simulation
             if sum(due <= now for due, _ in self._inbox) >= MOST_QUEUED + behind:
@@ -101,8 +104,15 @@ class SimulatedArm:
         with self._lock:
             if self._began and not self._closed.is_set():
                 self._inbox.clear()
-                self._stopped = True
+                self._stopped = self._stopped or " by its program"
                 self._freeze()
+
+    def confine(self, low_m: np.ndarray, high_m: np.ndarray) -> None:
+        """See Arm. The tool is looked at in every substep of physics, 240 times a second."""
+        with self._lock:
+            self._require_home()
+            self._walls, self._was = (np.array(low_m, np.float64), np.array(high_m, np.float64)), self._tool()
+            self.simulation.watch = self._mind_walls
 
     def close(self) -> None:
         """See Arm."""
@@ -158,7 +168,11 @@ class SimulatedArm:
             action = np.r_[np.zeros(6), self._gripper]
             if not self._held and not self._inbox:
                 self._freeze()
+        stopped = self._stopped
         self.env.step(action)
+        if self._stopped and not stopped:  # in this period, at a wall
+            self._inbox.clear()
+            self._stay(self.env.state()[ROBOT_OBS][:6])  # and not where held_pose would have it: that it did not reach
         self._ticks += 1
         self.periods += 1
         self.idle_periods += not arrived
@@ -167,11 +181,27 @@ class SimulatedArm:
         if not self.realtime or self._now() - now < PERIOD_S:  # no pictures of moments that are over
             self._capture(images=self._ticks % self.options.images_every == 0)
 
+    def _mind_walls(self) -> None:
+        """Protective stop: the joints are held as soon as the tool is about to pass a wall, wherever it was sent."""
+        tool = self._tool()
+        coming, self._was = tool + (tool - self._was) * REACTION_SUBSTEPS, tool
+        low, high = self._walls
+        if not self._stopped and ((coming < low) | (coming > high)).any():
+            self.simulation.hold()
+            axis = "xyz"[int(np.argmax(np.maximum(low - coming, coming - high)))]
+            self._stopped = f": its tool came to a wall along {axis}, where it was not sent: is that pose out of its reach?"
+
     def _freeze(self) -> None:
         """Send the arm to where it is."""
-        pose = held_pose(self.env.state()[ROBOT_OBS][:6], self._lately)
+        self._stay(held_pose(self.env.state()[ROBOT_OBS][:6], self._lately))
+
+    def _stay(self, pose: np.ndarray) -> None:
+        """Stand still at a pose (6,)."""
         self.simulation.target_position, self.simulation.target_euler = pose[:3].copy(), pose[3:].copy()
         self._held = True
+
+    def _tool(self) -> np.ndarray:
+        return np.array(self.simulation.tool_pose()[0])
 
     # -- what is seen
 

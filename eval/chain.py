@@ -298,6 +298,8 @@ class _Guarded:
         self.guard, self.result, self.watcher = SafetyGuard(options), result, watcher
         self.sent = getattr(env, "sent", lambda: None)
         self.guard.reset(state[ROBOT_OBS])
+        if hasattr(env, "confine"):
+            env.confine(*np.transpose(options.workspace_m))
 
     def filter(self, action: Any, age_s: float) -> np.ndarray:
         """What reaches the arm. Raises SafetyStopped."""

@@ -26,9 +26,11 @@ from action_tokenizer.prefix import CommittedPrefix
 from emu3_vla.checkpoint import load
 from emu3_vla.checkpoint.folder import VISION
 from emu3_vla.data.tokens import content_hash
-from emu3_vla.documents import ActionChunk, Image, Segment, Text, collate, length_of
+from emu3_vla.documents import ActionChunk, Image, Segment, Text
+from emu3_vla.documents.stream import spell
 from emu3_vla.generation.actions import ActionWriter, Chunk
 from emu3_vla.generation.cache import CachedSequence, CachedTrunk
+from emu3_vla.generation.items import embed
 from emu3_vla.generation.words import Sentence, WordWriter
 from emu3_vla.number_words import NumberWords, StateWords
 from envs.spec import COMMITTED_ACTIONS, GRIPPER_CLOSE, GRIPPER_OPEN, ROBOT_OBS
@@ -40,8 +42,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Longest instruction that is expected, in text ids; only the cache's size depends on it.
 MAX_TEXT_IDS = 256
 
-# Of each session: the chunk that it did, what it saw, its answer.
-_Decided = tuple[list[list[Segment]], list[np.ndarray | None], list[dict[str, Any]]]
+# Of each session: the chunk that it did, its embeddings, what it saw, its answer.
+_Decided = tuple[list[list[Segment]], list[torch.Tensor], list[np.ndarray | None], list[dict[str, Any]]]
 
 
 class Emu3Policy:
@@ -98,6 +100,7 @@ class Emu3Policy:
         self._writer = ActionWriter(self.checkpoint.model, vocabulary, grammar, temperature)
         self._words = WordWriter(self.checkpoint.model, self.scenes) if self.scenes else None
         self._trunk = CachedTrunk(self.checkpoint.model)
+        self._begin_action = self.checkpoint.model.model.embed_tokens.weight[[vocabulary.begin_action]].detach()
         self._workers, self._threads = workers, ThreadPoolExecutor(workers, "decisions")
         self._alone = Session(self)
 
@@ -151,10 +154,10 @@ class Emu3Policy:
                 session.restore(state)
             raise
         answers: list[dict[str, Any]] = [{}] * len(sessions)
-        for group, (chunks, scenes, answered) in zip(groups, decided, strict=True):
+        for group, (chunks, embedded, scenes, answered) in zip(groups, decided, strict=True):
             answers[group] = answered
-            for session, chunk, scene in zip(sessions[group], chunks, scenes, strict=True):
-                session.remember(chunk, scene)
+            for session, *chunk_and_scene in zip(sessions[group], chunks, embedded, scenes, strict=True):
+                session.remember(*chunk_and_scene)
         return answers
 
     def _side_by_side(self, groups: Sequence[Sequence[Session]], observations: Sequence[Sequence[dict[str, np.ndarray]]]) -> list[_Decided]:
@@ -178,14 +181,14 @@ class Emu3Policy:
         with _timed(timing, "past"):
             self.read_past(sessions)
         with _timed(timing, "prefill"):
-            unread = [session.unread(seen) for session, seen in zip(sessions, looks, strict=True)]
+            seen = [embed(self.checkpoint.model, self.checkpoint.vocabulary, look)[1:] for look in looks]
+            unread = seen if self._words else [torch.cat([rows, self._begin_action]) for rows in seen]
             sentences = [self._words.begin(session.scene) for session in sessions] if self._words else []
             states = self._read(sequences, unread, self._words or self._writer, sentences or chunks)
         if self._words:
             with _timed(timing, "describe"):
                 scenes = self._words.write_each(sequences, sentences, states)
                 states = self._read(sequences, self._last_words(scenes), self._writer, chunks)
-                looks = [[*seen, Text(self.scenes.ids(scene))] for seen, scene in zip(looks, scenes, strict=True)]
         with _timed(timing, "decode"):
             written = self._writer.write_each(sequences, chunks, states, generators)
         with _timed(timing, "detokenize"):
@@ -206,13 +209,17 @@ class Emu3Policy:
                     "timing_s": {stage: seconds / len(sessions) for stage, seconds in timing.items()},
                 }
             )
-        return [[*seen, ActionChunk(chunk.ids)] for seen, chunk in zip(looks, written, strict=True)], scenes, answers
+        said = [[] if scene is None else [Text(self.scenes.ids(scene))] for scene in scenes]
+        said = [[*words, ActionChunk(chunk.ids)] for words, chunk in zip(said, written, strict=True)]
+        chunks = [[*look, *after] for look, after in zip(looks, said, strict=True)]
+        embedded = [torch.cat([rows, self._embedded(after)]) for rows, after in zip(seen, said, strict=True)]
+        return chunks, embedded, scenes, answers
 
     @torch.inference_mode()
     def read_past(self, sessions: Sequence[Session]) -> None:
         """Put instruction and past of each session through the trunk, where its sequence does not hold them yet. Always apart from what is
         seen now, so that every bit is the same whenever it is done."""
-        parts = [(session.sequence, session.unread()) for session in sessions if not session.past_is_read]
+        parts = [(session.sequence, session.unread_past()) for session in sessions if not session.past_is_read]
         if parts:
             self._trunk.extend_each(parts)
 
@@ -230,6 +237,11 @@ class Emu3Policy:
         parts = [(sequence, torch.cat([rows, writer.ahead(one)])) for sequence, rows, one in zip(sequences, unread, begun, strict=True)]
         read = self._trunk.extend_each(parts)
         return [states_nH[-1 - len(one.ahead) :] for states_nH, one in zip(read, begun, strict=True)]
+
+    def _embedded(self, segments: Sequence[Segment]) -> torch.Tensor:
+        """Embeddings of segments without pictures: (n, H)."""
+        ids = np.concatenate([spell(segment, self.checkpoint.vocabulary) for segment in segments])
+        return self.checkpoint.model.model.embed_tokens.weight[torch.from_numpy(ids).to(self.checkpoint.model.device)]
 
     def _last_words(self, scenes: Sequence[np.ndarray]) -> list[torch.Tensor]:
         """Embeddings of the last word of what each session sees, which its sequence does not hold yet, and of "begin of action"."""
@@ -281,10 +293,10 @@ class Session:
         self.name, self.requires = policy.name, policy.requires
         self.sequence = policy.new_sequence()
         self.generator = torch.Generator(policy.checkpoint.model.device)
-        self._text: Text | None = None
+        self._instruction: torch.Tensor | None = None  # its embeddings (n, H), <bos> first
         self.scene: np.ndarray | None = None  # what was seen last in this subtask, in bins
         self.last_chunk: list[Segment] = []  # of the last decision: what was seen, what was said of it, and the actions
-        self._past: list[list[Segment]] = []  # segments of each chunk of this subtask that is still shown
+        self._past: list[torch.Tensor] = []  # embeddings (n, H) of each chunk of this subtask that is still shown
 
     def reset(self, instruction: str, *, task: str | None = None, seed: int | None = None) -> None:
         """See Emu3Policy.reset."""
@@ -295,7 +307,9 @@ class Session:
             raise ValueError(
                 f"the instruction has {len(ids)} text ids, expected at most {MAX_TEXT_IDS}; shorten it: {instruction[:60]!r}..."
             )
-        self._text, self._past, self.scene = Text(ids), [], None
+        with torch.inference_mode():
+            self._instruction = embed(self.policy.checkpoint.model, self.policy.checkpoint.vocabulary, [Text(ids)])
+        self._past, self.scene = [], None
         self.sequence.truncate(0)
         self.generator.manual_seed(self.policy.seed if seed is None else seed)
 
@@ -317,7 +331,7 @@ class Session:
     def look(self, observation: dict[str, np.ndarray]) -> list[Segment]:
         """What the document has of a moment: codes of the cameras' images, in stream order (where an observation has the codes, those), and
         the arm's state where it is said."""
-        if self._text is None:
+        if self._instruction is None:
             raise ValueError("infer was called before reset; tell the policy the instruction first")
         checkpoint, images = self.policy.checkpoint, []
         given = checked_codes(observation, self.policy.vision_tokenizer)
@@ -341,40 +355,31 @@ class Session:
 
     def prepare(self) -> None:
         """See Emu3Policy.prepare."""
-        if self._text is not None:
+        if self._instruction is not None:
             self.policy.read_past([self])
 
-    def unread(self, seen: Sequence[Segment] = ()) -> torch.Tensor:
-        """Embeddings of instruction, past and what is seen, as far as the cache does not hold them yet: (n, H). Behind what is seen also of
-        "begin of action", unless something is said before."""
-        model, vocabulary = self.policy.checkpoint.model, self.policy.checkpoint.vocabulary
-        document = [*self._known(), *seen]
-        batch = collate([document], vocabulary).to(model.device)
-        embedded = model.embed(batch)[0, : length_of(document, vocabulary)]
-        if seen and not self.policy.scenes:
-            embedded = torch.cat([embedded, model.model.embed_tokens.weight[vocabulary.begin_action][None]])
-        return embedded[self.sequence.length :]
+    def unread_past(self) -> torch.Tensor:
+        """Embeddings of instruction and past, as far as the cache does not hold them yet: (n, H)."""
+        return torch.cat([self._instruction, *self._past])[self.sequence.length :]
 
     @property
     def past_is_read(self) -> bool:
         """Whether the cache holds instruction and past."""
-        return self.sequence.length >= length_of(self._known(), self.policy.checkpoint.vocabulary)
-
-    def _known(self) -> list[Segment]:
-        return [self._text, *(segment for chunk in self._past for segment in chunk)]
+        return self.sequence.length >= len(self._instruction) + sum(map(len, self._past))
 
     def last_ids(self) -> Sequence[int]:
         """Of the chunk before, if there was one."""
-        return self._past[-1][-1].ids if self._past else ()
+        return self.last_chunk[-1].ids if self._past else ()
 
-    def remember(self, chunk: list[Segment], scene: np.ndarray | None) -> None:
-        """Add a chunk, and what was seen, to the past. Where the oldest must go, all after the instruction moves: the cache keeps that."""
-        self._past.append(chunk)
+    def remember(self, chunk: list[Segment], rows: torch.Tensor, scene: np.ndarray | None) -> None:
+        """Add a chunk, its embeddings (n, H), and what was seen, to the past. Where the oldest must go, all after the instruction moves:
+        the cache keeps that."""
         self.last_chunk, self.scene = chunk, scene
+        self._past.append(rows)
         history = self.policy.history
         if len(self._past) > history:
             self._past = self._past[len(self._past) - history :]
-            self.sequence.truncate(length_of([self._text], self.policy.checkpoint.vocabulary))
+            self.sequence.truncate(len(self._instruction))
 
 
 @contextmanager

@@ -59,6 +59,7 @@ class SafetyOptions:
 
     enabled: bool = False  # off for CALVIN's protocols, from which a guard is a deviation
     workspace_m: tuple[Range, Range, Range] = ((-0.45, 0.50), (-0.60, 0.30), (0.28, 0.85))  # box of the tool, world frame: x, y, z
+    margin_m: float = 0.01  # the arm is sent no nearer to the box's walls, since an arm strays a little from where it is sent
     rotation_rad: tuple[float, float, float] = (0.8, 1.2, math.pi)  # how far the tool may turn from its start, about each axis
     velocity_m_s: tuple[float, float, float] = (0.6, 0.6, 0.6)
     velocity_rad_s: tuple[float, float, float] = (1.5, 1.5, 1.5)
@@ -73,6 +74,10 @@ class SafetyOptions:
         for axis, (low, high) in zip("xyz", self.workspace_m, strict=True):
             if not (math.isfinite(low) and math.isfinite(high) and low < high):
                 raise ValueError(f"safety.workspace_m of {axis} is [{low}, {high}], expected two ascending finite numbers")
+            if not 0 <= 2 * self.margin_m < high - low:
+                raise ValueError(
+                    f"safety.margin_m={self.margin_m}, expected at least 0 and less than half of workspace_m along {axis}, [{low}, {high}]"
+                )
         for name in ("rotation_rad", "velocity_m_s", "velocity_rad_s", "acceleration_m_s2", "acceleration_rad_s2"):
             values = getattr(self, name)
             if len(values) != 3 or not all(math.isfinite(value) and value > 0 for value in values):
@@ -126,8 +131,9 @@ class SafetyGuard:
 
     def __init__(self, options: SafetyOptions):
         self.options = options
-        self.low = np.array([axis[0] for axis in options.workspace_m] + [-turn for turn in options.rotation_rad])
-        self.high = np.array([axis[1] for axis in options.workspace_m] + list(options.rotation_rad))
+        self.box = np.transpose(options.workspace_m)
+        turns = np.array(options.rotation_rad)
+        self.low, self.high = np.r_[self.box[0] + options.margin_m, -turns], np.r_[self.box[1] - options.margin_m, turns]
         fastest = UNIT * CONTROL_HZ  # what an action can say at most
         self.fastest = np.minimum([*options.velocity_m_s, *options.velocity_rad_s], fastest)
         self.change = np.array([*options.acceleration_m_s2, *options.acceleration_rad_s2]) * PERIOD_S  # of velocity, in one period
@@ -136,7 +142,7 @@ class SafetyGuard:
     def reset(self, robot_obs: np.ndarray) -> None:
         """The arm stands still at `robot_obs` (see envs.spec). Raises OutsideLimits where it may not be there."""
         pose = np.r_[np.asarray(robot_obs, np.float64)[:3], np.zeros(3)]
-        for axis, at, low, high in zip(DIMENSIONS, pose, self.low, self.high, strict=False):
+        for axis, at, low, high in zip(DIMENSIONS, pose, *self.box, strict=False):
             if not low <= at <= high:
                 raise OutsideLimits(
                     f"the arm stands at {axis} = {at:.4f} m, outside the workspace [{low}, {high}] of safety.workspace_m; move it inside "

@@ -116,7 +116,7 @@ class PairStore:
         columns = {
             "ids": np.concatenate([np.zeros(0, np.int32), *ids]).astype(np.int32),
             "lengths": np.array([len(part) for part in ids], np.int64),
-            "given": np.array([document.given for _, _, document in rows], np.int64),
+            "given": np.array([self._given(document) for _, _, document in rows], np.int64),
             "pair": np.array([number for number, _, _ in rows], np.int64),
             "side": np.array([side for _, side, _ in rows], np.int64),
         }
@@ -149,6 +149,10 @@ class PairStore:
             Pair(chosen=chosen, rejected=rejected, scores=tuple(record["scores"]), about=dict(record["about"]))
             for (chosen, rejected), record in zip(sides, records, strict=True)
         ]
+
+    def _given(self, document: Written) -> int:
+        """How many segments were given as they are read again: texts that follow each other become one."""
+        return len(parse(write(document.segments[: document.given], self.vocabulary), self.vocabulary, prompt=True))
 
     def _shard_path(self, index: int) -> Path:
         return self.path / "shards" / f"{index:05d}.zarr"

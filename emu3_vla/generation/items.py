@@ -58,6 +58,16 @@ def ids_of(items: Sequence[Item], vocabulary: Vocabulary | None) -> list[int]:
     return ids
 
 
+def embed(model: BlockEmu3ForCausalLM, vocabulary: Vocabulary, segments: Sequence[Segment]) -> torch.Tensor:
+    """Embeddings of a document's positions: (n, H), <bos> first. Those of a part of it do not depend on the rest."""
+    layout = lay_out(segments, vocabulary)
+    embedded = model.model.embed_tokens.weight[torch.from_numpy(layout.ids).to(model.device)]
+    if len(layout.block_at):
+        codes, places = (torch.from_numpy(part).to(model.device) for part in (layout.codes, layout.places))
+        embedded[torch.from_numpy(layout.block_at).to(model.device)] = model.blocks(codes, places).to(embedded.dtype)
+    return embedded
+
+
 class Embedder:
     """Embeddings of items: (n, H)."""
 

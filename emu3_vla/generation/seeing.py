@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from emu3_vla.checkpoint import Checkpoint
-from emu3_vla.documents import Segment, Text, collate, length_of
+from emu3_vla.documents import Segment, Text, length_of
 from emu3_vla.generation.cache import CachedTrunk
+from emu3_vla.generation.items import embed
 from emu3_vla.generation.words import WordWriter
 from emu3_vla.number_words import NumberWords, StateWords
 
@@ -39,7 +40,7 @@ class Seer:
         felt = [[Text(self._states.ids(bins))] for bins in state_FS] if self._states else [[]] * len(looks)
         sequences, parts, sentences = [], [], [self._writer.begin() for _ in looks]
         for look, said, sentence in zip(looks, felt, sentences, strict=True):
-            embedded = self._embedded([text, *look, *said])
+            embedded = embed(self._model, self._vocabulary, [text, *look, *said])
             # The instruction apart from the rest, as a policy reads it, so that every bit is the same.
             known, seen = embedded[:told], embedded[told:]
             sequence = self._trunk.sequence(len(embedded) + len(self._writer.words.names))
@@ -48,8 +49,3 @@ class Seer:
             parts.append((sequence, torch.cat([seen, self._writer.ahead(sentence)])))
         states = [rows[-1 - len(one.ahead) :] for rows, one in zip(self._trunk.extend_each(parts), sentences, strict=True)]
         return np.stack(self._writer.write_each(sequences, sentences, states))
-
-    def _embedded(self, document: Sequence[Segment]) -> torch.Tensor:
-        """One embedding per position: (L, H)."""
-        batch = collate([list(document)], self._vocabulary).to(self._model.device)
-        return self._model.embed(batch)[0, : length_of(document, self._vocabulary)]

@@ -8,6 +8,7 @@ Source: calvin_env 797142c and 1431a46, `robot/robot.py`, `robot/mixed_ik.py`, `
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +41,10 @@ class Simulation:
     """One PyBullet world holding one scene.
 
     After construction and after `fresh()` it is in the state of a newly started process, whatever was simulated before.
-    renderer: one of `cameras.RENDERERS`.
+    renderer: one of `cameras.RENDERERS`. watch: called after every substep of physics, where an arm's own controller looks at itself.
     """
+
+    watch: Callable[[], None] | None = None
 
     def __init__(self, scene: Scene, folder: Path, version: str, renderer: str = "tiny"):
         self.scene, self.folder, self.version = scene, folder, version
@@ -222,6 +225,11 @@ class Simulation:
         for joint in FINGER_JOINTS:
             self._finger_motor(joint, goal, force)
 
+    def hold(self) -> None:
+        """Let the arm's motors keep the joints where they are, whatever they were commanded."""
+        for joint, (angle_rad, *_) in zip(ARM_JOINTS, pb.getJointStates(self.robot, ARM_JOINTS, physicsClientId=self.client), strict=True):
+            self._arm_motor(joint, angle_rad)
+
     def _arm_motor(self, joint: int, target_rad: float) -> None:
         self._drive(joint, target_rad, ARM_FORCE_N, ARM_VELOCITY)
 
@@ -243,6 +251,8 @@ class Simulation:
         """Advance physics by `count` steps of 1/240 s."""
         for _ in range(count):
             pb.stepSimulation(physicsClientId=self.client)
+            if self.watch is not None:
+                self.watch()
 
     def update_lights(self) -> None:
         """Once per control step: the button toggles the LED on its rising edge, the switch's level is the bulb."""

@@ -267,8 +267,10 @@ answers = st.one_of(
     st.tuples(st.sampled_from([1.0, -1.0]), st.integers(0, 5), st.integers(1, 25)).map(
         lambda draw: np.tile(np.r_[draw[0] * (np.arange(6) == draw[1]), 1.0], (draw[2], 1))  # straight at a wall
     ),
+    st.tuples(st.lists(st.sampled_from([1.0, -1.0]), min_size=6, max_size=6), st.integers(1, 25)).map(
+        lambda draw: np.tile(np.r_[draw[0], 1.0], (draw[1], 1))  # along all axes at once, to where the arm cannot reach
+    ),
 )
-OVERSHOOT_M = 0.005  # of the simulated arm's own controller: 2.4 mm were seen where a turn ends at a wall
 tight = SafetyOptions(
     enabled=True,
     workspace_m=((-0.1, 0.15), (-0.3, 0.0), (0.4, 0.75)),
@@ -294,18 +296,23 @@ class _Plays(ZeroPolicy):
         return {"actions": answer}
 
 
-@settings(max_examples=25, deadline=None)
+def _guarded(arm, drawn):
+    chain = long_horizon_sequences(1)[0]
+    return run_chain(RobotEnv(arm), _Plays(drawn, arm), 0, chain, load_instructions(), max_steps=70, seed=0, safety=tight)
+
+
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(answers, st.integers(0, 4)), min_size=3, max_size=10))
 def test_no_policy_makes_the_simulated_arm_exceed_its_limits(arm, drawn):
-    result = run_chain(
-        RobotEnv(arm), _Plays(drawn, arm), 0, long_horizon_sequences(1)[0], load_instructions(), max_steps=70, seed=0, safety=tight
-    )
-    assert result.error is None or result.error["type"] == "SafetyStopped"
+    result = _guarded(arm, drawn)
+    assert result.error is None or result.error["type"] in ("SafetyStopped", "ArmStopped")
     poses, tools = np.array([period.sent for period in arm.log]), np.array([period.tool for period in arm.log])
     commanded = np.array([period.commanded for period in arm.log])
     low, high = np.array(tight.workspace_m).T
     assert (poses[:, :3] >= low - 1e-9).all() and (poses[:, :3] <= high + 1e-9).all()
-    assert (tools[:, :3] >= low - OVERSHOOT_M).all() and (tools[:, :3] <= high + OVERSHOOT_M).all()
+    assert (tools[:, :3] >= low).all() and (tools[:, :3] <= high).all()
+    if result.error and result.error["type"] == "ArmStopped":  # in the last period, and it was then sent to where it stood
+        poses, commanded = poses[:-1], commanded[:-1]
     assert (np.abs(poses[:, 3:] - poses[0, 3:]) <= np.array(tight.rotation_rad) + 0.02).all()  # its start is measured, with noise
     velocity = np.diff(poses, axis=0)[:, :3] / PERIOD_S
     both = commanded[1:]
@@ -313,6 +320,24 @@ def test_no_policy_makes_the_simulated_arm_exceed_its_limits(arm, drawn):
     running = both[1:] & both[:-1] & commanded[:-2]
     change = np.diff(velocity, axis=0)[running] / PERIOD_S
     assert (np.abs(change) <= np.array(tight.acceleration_m_s2) + 1e-6).all()
+
+
+def test_an_arm_that_strays_to_a_wall_is_stopped_at_it(arm):
+    """Sent along all axes at once, inside its box, to poses that its joints cannot take."""
+    result = _guarded(arm, [(np.tile(np.r_[1.0, 1, -1, 1, 1, 1, 1], (25, 1)), 0)] * 3)
+    assert result.error["type"] == "ArmStopped" and "its tool came to a wall along" in result.error["message"]
+    tools = np.array([period.tool for period in arm.log])
+    low, high = np.array(tight.workspace_m).T
+    assert (tools[:, :3] >= low).all() and (tools[:, :3] <= high).all()
+    stopped_at = tool(arm)
+    for _ in range(30):
+        arm.advance()
+    np.testing.assert_allclose(tool(arm), stopped_at, atol=2e-3)
+    arm.home()
+    for _ in range(30):  # the walls are gone with it
+        arm.command(np.r_[-1.0, np.zeros(5), 1.0])
+        arm.advance()
+    assert tool(arm)[0] < low[0]
 
 
 # -- the same loop and recordings

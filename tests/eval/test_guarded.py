@@ -96,6 +96,6 @@ def test_huge_actions_are_clamped_where_they_would_be_refused(env):
     assert run(env, Says({"actions": command[None]}), safety=None).error["type"] == "InvalidAction"
     result = run(env, Says({"actions": command[None]}))
     assert result.error is None and result.steps == 60
-    low, high = np.array(GUARD.workspace_m).T
+    low, high = np.array(GUARD.workspace_m).T + np.array([[GUARD.margin_m], [-GUARD.margin_m]])
     target = env.simulation.target_position
     assert (target >= low - 1e-9).all() and (target <= high + 1e-9).all()

@@ -46,6 +46,7 @@ limits = st.builds(
     enabled=st.just(True),
     workspace_m=st.tuples(*[st.tuples(st.floats(0.001, 0.5), st.floats(0.001, 0.5)).map(lambda size, at=at: (at - size[0], at + size[1]))
                             for at in START[:3].tolist()]),
+    margin_m=st.floats(0, 0.0009),
     rotation_rad=st.tuples(*[st.floats(0.01, 3)] * 3),
     velocity_m_s=st.tuples(*[st.floats(0.01, 2)] * 3),
     acceleration_m_s2=st.tuples(*[st.floats(0.1, 60)] * 3),
@@ -60,8 +61,8 @@ limits = st.builds(
 def test_no_sequence_of_commands_exceeds_a_limit(options, commands):
     guard = SafetyGuard(options)
     guard.reset(START)
-    low = np.r_[[axis[0] for axis in options.workspace_m], np.negative(options.rotation_rad)]
-    high = np.r_[[axis[1] for axis in options.workspace_m], options.rotation_rad]
+    low = np.r_[[axis[0] + options.margin_m for axis in options.workspace_m], np.negative(options.rotation_rad)]
+    high = np.r_[[axis[1] - options.margin_m for axis in options.workspace_m], options.rotation_rad]
     fastest = np.r_[options.velocity_m_s, options.velocity_rad_s]
     hardest = np.r_[options.acceleration_m_s2, options.acceleration_rad_s2]
     pose, velocity = np.r_[START[:3], np.zeros(3)], np.zeros(6)
@@ -163,6 +164,8 @@ def test_the_gripper_follows_a_repeated_command_only():
 def test_an_arm_outside_its_box_is_refused():
     with pytest.raises(OutsideLimits, match=r"the arm stands at z = 0\.5000 m, outside the workspace \[0\.6, 0\.9\]"):
         guarded(workspace_m=((-1, 1), (-1, 1), (0.6, 0.9)))
+    at_the_edge = guarded(workspace_m=((-1, 1), (-1, 1), (0.499, 0.9)))  # within the margin: it may come in, and go no further out
+    assert at_the_edge.filter([0, 0, -1, 0, 0, 0, 1])[0][2] == 0 < at_the_edge.filter([0, 0, 1, 0, 0, 0, 1])[0][2]
     with pytest.raises(RuntimeError, match="before reset"):
         SafetyGuard(SafetyOptions()).filter(STILL)
 
@@ -171,6 +174,7 @@ def test_an_arm_outside_its_box_is_refused():
     ("options", "message"),
     [
         ({"workspace_m": ((0, 0), (0, 1), (0, 1))}, "safety.workspace_m of x is"),
+        ({"margin_m": 0.3}, r"safety.margin_m=0.3, expected at least 0 and less than half of workspace_m along z"),
         ({"velocity_m_s": (1.0, 0.0, 1.0)}, "safety.velocity_m_s"),
         ({"acceleration_m_s2": (1.0, math.nan, 1.0)}, "safety.acceleration_m_s2"),
         ({"stale_s": 0.0}, "safety.stale_s=0.0"),
