@@ -7,9 +7,10 @@ A random decoder of 15 M parameters, batch 1. Our ways must write the same ids, 
 printed. Processor time; the ways take turns, and the least of each counts, so that other programs disturb little (what they take of the
 memory's bandwidth, they take from all).
 
-token      16 ids behind a prompt of 200, the prompt's own time taken off: milliseconds an id
+token      16 ids behind a prompt of 200, the prompt's own time taken off: milliseconds an id. "rounded": guessed by a copy of the trunk
+           with weights of eight bits and verified, in float32 (Numba compiles it, once)
 chunk      an action chunk of 16 ids behind a prompt of 200 whose last 8 ids are new since the chunk before, as a control step's are.
-           Transformers computes all of it; ours keeps what did not change, guesses from the chunks before, and verifies 8 guesses a pass
+           Transformers computes all of it; ours keeps what did not change. "parallel": guesses from the chunks before, 8 verified a pass
 image      256 codes and the ends of their rows, with guidance. Transformers runs the null prompt beside the prompt, ours both in one pass
 
 How many guesses are right depends on the weights, and random ones repeat themselves more than a trained policy does: "passes" says how
@@ -22,6 +23,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from transformers import Emu3ForCausalLM, Emu3TextConfig
@@ -30,10 +32,11 @@ from emu3_vla.generation.drafts import NGrams, above
 from emu3_vla.generation.engine import Engine, EngineConfig
 from emu3_vla.generation.grammar import Builder, Grammar, Ids
 from emu3_vla.generation.pieces import free
-from emu3_vla.generation.requests import Parallel, Request, Result
+from emu3_vla.generation.requests import ROUNDED, Parallel, Request, Result
 from emu3_vla.generation.sampling import Guidance
 from emu3_vla.generation.transformers_engine import TransformersEngine
 
+WINDOW, WINDOW_GUIDED = 15, 8  # guesses of the rounded trunk; with guidance each of two rows has them
 IDS, CODES, CAPACITY = 2048, Ids(1024, 2048), 768
 PROMPT, CHUNK, NEW = 200, 16, 8
 SIDE, END_OF_ROW = 16, 5
@@ -70,7 +73,9 @@ class Ways:
         model = decoder(dtype)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.reference = TransformersEngine(model, capacity=CAPACITY)
-        self.ours = Engine(model, config=EngineConfig(rows=2, capacity=CAPACITY))
+        self.ours = Engine(model, config=EngineConfig(rows=2, capacity=CAPACITY, rounded=dtype == torch.float32))
+        # The ways that guess, by name. Only ids in float32 on a CPU are guessed by a rounded trunk.
+        self.rounded = {"rounded": Parallel(window=WINDOW, draft=ROUNDED)} if dtype == torch.float32 else {}
 
     def theirs(self, **request) -> Result:
         return self.reference.generate([Request(**request)])[0]
@@ -98,35 +103,33 @@ def token(ways: Ways, repeats: int) -> None:
     """An id behind a prompt, and the prompt itself."""
     prompt = prompts(1)[0]
     ids, one = dict(prompt=prompt, longest=CHUNK), dict(prompt=prompt, longest=1)
-    least, answers = in_turn(
-        {
-            "theirs": lambda: ways.theirs(**ids),
-            "theirs 1": lambda: ways.theirs(**one),
-            "ours": lambda: ways.own(**ids),
-            "ours 1": lambda: ways.own(**one),
-        },
-        repeats,
-    )
-    note = agreement(answers["theirs"], answers["ours"])
-    each = {name: (least[name] - least[f"{name} 1"]) / (CHUNK - 1) for name in ("theirs", "ours")}
-    report("token", each["theirs"], {"ours": each["ours"]}, note)
+    calls = {
+        "theirs": lambda: ways.theirs(**ids),
+        "theirs 1": lambda: ways.theirs(**one),
+        "ours": lambda: ways.own(**ids),
+        "ours 1": lambda: ways.own(**one),
+    }
+    calls |= {name: lambda parallel=parallel: ways.own(**ids, parallel=parallel) for name, parallel in ways.rounded.items()}
+    least, answers = in_turn(calls, repeats)
+    note = agreement(*(answers[name] for name in ("theirs", "ours", *ways.rounded)))
+    each = {name: (least[name] - least["ours 1"]) / (CHUNK - 1) for name in ("ours", *ways.rounded)}
+    report("token", (least["theirs"] - least["theirs 1"]) / (CHUNK - 1), each, note)
     report("prompt", least["theirs 1"], {"ours": least["ours 1"]})
 
 
 def chunk(ways: Ways, repeats: int) -> None:
     """Control steps in a row; the time of one is the least of the last, when chunks before are known."""
     steps, end = prompts(2 + repeats), Grammar(free(IDS))
-    known, least, passes = NGrams(2), {"theirs": float("inf"), "one at a time": float("inf"), "parallel": float("inf")}, 0
-    parallel = Parallel(window=8, draft=known)
-    calls = {
-        "theirs": lambda prompt: ways.theirs(prompt=prompt, grammar=end, longest=CHUNK),
-        "one at a time": lambda prompt: ways.own(fresh=False, prompt=prompt, grammar=end, longest=CHUNK),
-        "parallel": lambda prompt: ways.own(fresh=False, prompt=prompt, grammar=end, longest=CHUNK, parallel=parallel),
-    }
+    known = NGrams(2)
+    calls = {"theirs": lambda prompt: ways.theirs(prompt=prompt, grammar=end, longest=CHUNK)}
+    for name, parallel in {"one at a time": None, "parallel": Parallel(window=8, draft=known), **ways.rounded}.items():
+        asked = dict(fresh=False, grammar=end, longest=CHUNK, parallel=parallel)
+        calls[name] = lambda prompt, asked=asked: ways.own(prompt=prompt, **asked)
+    least = dict.fromkeys(calls, float("inf"))
     for number, prompt in enumerate(steps):
         answers = {}
         for name, call in calls.items():
-            # Each of our two ways finds the cache as the step before has left it: the common beginning, and another end.
+            # Each of our ways finds the cache as the step before has left it: the common beginning, and another end.
             ways.own(fresh=False, prompt=prompt[: PROMPT - NEW] + [3] * NEW, longest=1)
             began = time.process_time()
             answers[name] = call(prompt)
@@ -134,25 +137,26 @@ def chunk(ways: Ways, repeats: int) -> None:
                 least[name] = min(least[name], (time.process_time() - began) * 1e3)
         note = agreement(*answers.values())
         known.add(answers["theirs"].ids)
-        passes = answers["parallel"].forwards
-    report("chunk", least.pop("theirs"), least, f"{passes} passes for {CHUNK} ids", note)
+    report("chunk", least.pop("theirs"), least, passes_of(answers), note)
 
 
 def image(ways: Ways, repeats: int) -> None:
     """An image of SIDE × SIDE codes with guidance, end to end."""
     prompt, grammar = prompts(1)[0][:24], Grammar(picture)
     request = dict(prompt=prompt, negative=prompt[:4], guidance=Guidance(scale=3.0), grammar=grammar)
-    parallel = Parallel(window=16, draft=above(SIDE + 1))
-    least, answers = in_turn(
-        {
-            "theirs": lambda: ways.theirs(**request),
-            "one at a time": lambda: ways.own(**request),
-            "parallel": lambda: ways.own(**request, parallel=parallel),
-        },
-        repeats,
-    )
-    passes = f"{answers['parallel'].forwards} passes for {len(answers['parallel'].ids)} ids"
-    report("image", least.pop("theirs"), least, passes, agreement(*answers.values()))
+    calls = {"theirs": lambda: ways.theirs(**request)}
+    rounded = {name: replace(parallel, window=WINDOW_GUIDED) for name, parallel in ways.rounded.items()}
+    for name, parallel in {"one at a time": None, "parallel": Parallel(window=16, draft=above(SIDE + 1)), **rounded}.items():
+        calls[name] = lambda parallel=parallel: ways.own(**request, parallel=parallel)
+    least, answers = in_turn(calls, repeats)
+    report("image", least.pop("theirs"), least, passes_of(answers), agreement(*answers.values()))
+
+
+def passes_of(answers: dict[str, Result]) -> str:
+    """Passes through the trunk of the ways that guess."""
+    guessed = [name for name in answers if name in ("parallel", "rounded")]
+    passes = ", ".join(f"{name} {answers[name].forwards}" for name in guessed)
+    return f"passes for {len(answers['theirs'].ids)} ids: {passes}"
 
 
 def agreement(theirs: Result, *ours: Result) -> str:

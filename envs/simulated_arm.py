@@ -26,12 +26,16 @@ _SAME_S = 1e-9  # virtual time is a sum of periods: what is due now may seem due
 
 
 class Period(NamedTuple):
-    """One control period. sent: pose (6,) to which the arm is sent; commanded: by a command that came; tool: where it truly is, (6,)."""
+    """One control period. sent: pose (6,) to which the arm is sent; commanded: by a command that came; tool: where it truly is, (6,).
+
+    held: it holds still of its own accord, since no command came or a wall did, and `sent` is where.
+    """
 
     time_s: float
     sent: np.ndarray
     commanded: bool
     tool: np.ndarray
+    held: bool
 
 
 class SimulatedArm:
@@ -177,7 +181,7 @@ class SimulatedArm:
         self.periods += 1
         self.idle_periods += not arrived
         self._lately.append(self._target())
-        self.log.append(Period(now, self._target(), arrived, self.env.state()[ROBOT_OBS][:6]))
+        self.log.append(Period(now, self._target(), arrived, self.env.state()[ROBOT_OBS][:6], self._held))
         if not self.realtime or self._now() - now < PERIOD_S:  # no pictures of moments that are over
             self._capture(images=self._ticks % self.options.images_every == 0)
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import Emu3ForCausalLM, Emu3TextConfig
@@ -199,6 +200,13 @@ class StaticCache:
         shape = (rows, trunk.kv_heads, capacity + slack, trunk.head_size)
         self.keys, self.values = ([trunk.empty(*shape) for _ in trunk.layers] for _ in range(2))
         self.sequences = [CachedSequence(self, row) for row in range(rows)]
+        self._arrays: tuple[tuple[np.ndarray, ...], ...] | None = None
+
+    def as_numpy(self) -> tuple[tuple[np.ndarray, ...], ...]:
+        """Keys and values of each layer, in the same memory; of a cache on a CPU."""
+        if self._arrays is None:
+            self._arrays = tuple(tuple(layer.numpy() for layer in side) for side in (self.keys, self.values))
+        return self._arrays
 
     @property
     def bytes(self) -> int:
@@ -209,7 +217,7 @@ class CachedSequence:
     """One row of a cache. length: positions that it holds."""
 
     def __init__(self, cache: StaticCache, row: int):
-        self.trunk, self.capacity, self.row, self.length = cache.trunk, cache.capacity, row, 0
+        self.cache, self.trunk, self.capacity, self.row, self.length = cache, cache.trunk, cache.capacity, row, 0
         self._keys, self._values = ([layer[row] for layer in side] for side in (cache.keys, cache.values))
 
     def truncate(self, length: int) -> None:

@@ -7,8 +7,9 @@ its own mask.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -45,12 +46,12 @@ class Ask:
 
 
 class Chooser:
-    """Chooses items with one model's heads. packed: see Product."""
+    """Chooses items with one model's heads. packed: see Product. product: of states with a slice of the head."""
 
-    def __init__(self, model: torch.nn.Module, *, packed: bool = True):
-        self._head, self._packed = model.lm_head.weight.detach(), packed
+    def __init__(self, model: torch.nn.Module, *, packed: bool = True, product: Callable[[torch.Tensor], Any] = Product):
+        self._head, self._packed, self._product = model.lm_head.weight.detach(), packed, product
         self._depth = DepthWriter(model.depth, packed=packed) if isinstance(model, BlockEmu3ForCausalLM) else None
-        self._slices: dict[tuple[int, int], Product] = {}
+        self._slices: dict[tuple[int, int], Callable[[torch.Tensor], torch.Tensor]] = {}
         self._refused: WeakKeyDictionary[Choice, torch.Tensor] = WeakKeyDictionary()
 
     @property
@@ -82,7 +83,7 @@ class Chooser:
     def logits(self, asks: Sequence[Ask]) -> torch.Tensor:
         """Logits over the slice that all of them allow, guided and masked: float32 (N, stop - start)."""
         head = self._slice(asks[0].choice.start, asks[0].choice.stop)
-        logits = guided(lambda states: head(_padded(states))[: len(states)].float(), asks)
+        logits = guided(lambda states: head(states).float(), asks)
         if any(ask.choice.mask is not None for ask in asks):
             logits = logits.masked_fill(torch.stack([self._refusal(ask.choice, logits) for ask in asks]), -torch.inf)
         return logits
@@ -111,11 +112,13 @@ class Chooser:
         codes = self._depth.write(states, before_NC, pick)[: len(asks)].tolist()
         return [Block(ask.choice.place, tuple(row)) for ask, row in zip(asks, codes, strict=True)]
 
-    def _slice(self, start: int, stop: int) -> Product:
+    def _slice(self, start: int, stop: int) -> Callable[[torch.Tensor], torch.Tensor]:
         if (start, stop) not in self._slices:
             packed = self._packed and stop - start <= PACKED_IDS
             part = self._head[start:stop]
-            self._slices[start, stop] = Product(part) if packed else (lambda states: F.linear(states, part))
+            product = self._product(part) if packed else (lambda states: F.linear(states, part))
+            least = getattr(product, "least_rows", LEAST_ROWS)
+            self._slices[start, stop] = lambda states: product(_padded(states, least))[: len(states)]
         return self._slices[start, stop]
 
     def _refusal(self, choice: Choice, logits: torch.Tensor) -> torch.Tensor:
@@ -142,5 +145,5 @@ def _mixed(logits: torch.Tensor, negative: torch.Tensor, scales: list[float]) ->
     return negative + torch.tensor(scales, device=logits.device)[:, None] * (logits - negative)
 
 
-def _padded(states: torch.Tensor) -> torch.Tensor:
-    return F.pad(states, (0, 0, 0, max(0, LEAST_ROWS - len(states))))
+def _padded(states: torch.Tensor, least: int) -> torch.Tensor:
+    return states if len(states) >= least else F.pad(states, (0, 0, 0, least - len(states)))

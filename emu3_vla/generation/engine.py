@@ -28,7 +28,7 @@ from emu3_vla.generation.compiled import LONGEST, CompiledSteps
 from emu3_vla.generation.grammar import Block, Grammar, Item
 from emu3_vla.generation.items import Embedder, Prompt, items_of
 from emu3_vla.generation.pieces import free
-from emu3_vla.generation.requests import END, LENGTH, STOP, Event, Request, RequestError, Result
+from emu3_vla.generation.requests import END, LENGTH, ROUNDED, STOP, Event, Request, RequestError, Result
 from emu3_vla.vocabulary import Vocabulary
 
 
@@ -41,13 +41,15 @@ class EngineConfig:
     """rows: sequences at once; a request with guidance takes two. capacity: positions of each, prompt and answer.
 
     prefill: most positions of a prompt in one pass, which bounds how long others wait for their next item. compile: steps of few positions
-    through torch.compile (CUDA graphs on a GPU); the first of each shape takes a minute.
+    through torch.compile (CUDA graphs on a GPU); the first of each shape takes a minute. rounded: hold a copy of the trunk with weights of
+    eight bits too, for guesses (Parallel(draft=ROUNDED)); for CPUs, where reading the weights takes the time.
     """
 
     rows: int = 4
     capacity: int = 2048
     prefill: int = 512
     compile: bool = False
+    rounded: bool = False
 
     def __post_init__(self):
         for name in ("rows", "capacity", "prefill"):
@@ -98,6 +100,11 @@ class Run:
     def items(self) -> list[Item]:
         return self.written[self.begin :]
 
+    @property
+    def most_guesses(self) -> int:
+        """As many as its window holds, but not beyond the longest answer."""
+        return min(self.request.parallel.window, self.longest - (len(self.written) - self.begin) - 1)
+
     def windows(self, prefill: int) -> list[list[Item]]:
         """What each lane puts into the next pass. Guesses come only once the prompts are in, and all lanes end together."""
         passes = max(-(-len(lane.pending) // prefill) for lane in self.lanes)
@@ -113,7 +120,7 @@ class Run:
         state, asked = self.state, []
         for at in range(len(self.guesses) + 1):
             own = [lane_states[at - len(self.guesses) - 1] for lane_states in states]
-            asked.append(self._ask(state, at, own))
+            asked.append(self.ask(state, at, own))
             if at < len(self.guesses):
                 state = self.grammar.advance(state, self.guesses[at])
         return asked
@@ -140,7 +147,7 @@ class Run:
         self._guess(chosen[len(self.written) - began :])  # what was computed behind the ids that have just been forced, too
         return self.written[began:]
 
-    def _ask(self, state: int, at: int, states: list[torch.Tensor]) -> Ask:
+    def ask(self, state: int, at: int, states: list[torch.Tensor]) -> Ask:
         choice, guidance = self.grammar.choice(state), self.request.guidance
         guided = {"negative": states[1], "scale": guidance.scale} if guidance else {}
         seen = {}
@@ -171,19 +178,18 @@ class Run:
         """Guesses for the next pass: what was computed behind wrong guesses, then the draft; cut to what the grammar allows."""
         parallel, before = self.request.parallel, len(self.guesses)
         self.guesses = []
-        if self.finish or parallel is None:
+        if self.finish or parallel is None or parallel.draft == ROUNDED:
             return
         self.rounds = self.rounds + 1 if before and computed else 0
-        state = self._extend(self.state, computed, parallel.window)
+        state = self._extend(self.state, computed)
         missing = parallel.window - len(self.guesses)
         if missing > 0 and parallel.draft is not None and state is not None:
-            self._extend(state, parallel.draft(self.written + self.guesses, missing), parallel.window)
+            self._extend(state, parallel.draft(self.written + self.guesses, missing))
 
-    def _extend(self, state: int, source: list[Item], window: int) -> int | None:
+    def _extend(self, state: int, source: list[Item]) -> int | None:
         """Append guesses from `source`. Returns the state behind them, or None where the guesses come to the end of the grammar."""
         waiting = deque(source)
-        room = min(window, self.longest - (len(self.written) - self.begin) - 1)
-        while len(self.guesses) < room and waiting:
+        while len(self.guesses) < self.most_guesses and waiting:
             only = self.grammar.choice(state).only
             item = waiting[0] if only is None else only
             if item == waiting[0]:
@@ -213,6 +219,11 @@ class Engine:
         self.vocabulary, self.config = vocabulary, config
         self.trunk = CachedTrunk(model, packed=not config.compile)
         self.cache = self.trunk.cache(config.rows, config.capacity, slack=LONGEST if config.compile else 0)
+        self._rounded, self._guesser = None, None
+        if config.rounded:
+            from emu3_vla.generation.rounded import RoundedProduct, RoundedTrunk  # Numba takes a while to import
+
+            self._rounded, self._guesser = RoundedTrunk(model), Chooser(model, product=RoundedProduct)
         self._chooser, self._embed = Chooser(model, packed=not config.compile), Embedder(model)
         self._forward = self.trunk.extend_each
         if config.compile:
@@ -264,6 +275,8 @@ class Engine:
         grammar = request.grammar or self._free
         if len(prompts) > len(self._lanes):
             raise RequestError(f"guidance takes two rows of the cache, which has {len(self._lanes)}; make the engine with rows=2 or more")
+        if request.parallel and request.parallel.draft == ROUNDED and self._rounded is None:
+            raise RequestError(f"the request is to be guessed by the {ROUNDED} trunk; make the engine with rounded=True")
         if any(choice.place is not None for choice in grammar.choices) and not self._chooser.writes_blocks:
             raise RequestError("the grammar writes blocks of codes, but this model has no depth decoder")
         longest = self._longest(request, grammar, max(map(len, prompts)))
@@ -368,10 +381,33 @@ class Engine:
             if own:
                 items = run.accept([next(chosen) for _ in own])
                 events.append(Event(run.number, items, run.finish))
+            if own and not run.finish and run.request.parallel and run.request.parallel.draft == ROUNDED:
+                self._guess(run)
             if run.finish:
                 self._results[run.number] = Result(run.items, run.finish, run.forwards, self.vocabulary)
                 self._release(run)
         return events
+
+    def _guess(self, run: Run) -> None:
+        """Guesses of the rounded trunk, each behind those before it, as far as ids go: the codes of a block would cost as much again."""
+        starts, state = [lane.sequence.length for lane in run.lanes], run.state
+        coming, read = list(run.lanes[0].pending), 0  # of all lanes alike
+        chooser = self._chooser if run.request.guidance else self._guesser  # guidance magnifies what is rounded
+        while len(run.guesses) < run.most_guesses:
+            choice = run.grammar.choice(state)
+            if choice.place is not None:
+                return
+            item = choice.only
+            if item is None:
+                new = self._embed(coming[read:])
+                states = self._rounded.extend([lane.sequence for lane in run.lanes], starts, new)
+                starts, read = [start + len(new) for start in starts], len(coming)
+                (item,) = chooser.choose([run.ask(state, len(run.guesses), states)])
+            state = run.grammar.advance(state, item)
+            if run.grammar.is_final(state):
+                return
+            run.guesses.append(item)
+            coming.append(item)
 
     def _release(self, run: Run) -> None:
         self._running.remove(run)

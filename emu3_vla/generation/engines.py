@@ -27,8 +27,10 @@ class GeneratingEngine(Protocol):
     def generate(self, requests: Sequence[Request]) -> list[Result]: ...
 
 
-def open_engine(name: str, checkpoint: Checkpoint, *, rows: int = 4, capacity: int = 2048, compile: bool = False) -> GeneratingEngine:
-    """An engine for a loaded checkpoint. rows, capacity, compile: see EngineConfig; vLLM plans its cache itself, from capacity.
+def open_engine(
+    name: str, checkpoint: Checkpoint, *, rows: int = 4, capacity: int = 2048, compile: bool = False, rounded: bool = False
+) -> GeneratingEngine:
+    """An engine for a loaded checkpoint. rows, capacity, compile, rounded: see EngineConfig; vLLM plans its cache itself, from capacity.
 
     Raises ValueError for an unknown name or a model that the engine does not serve.
     """
@@ -37,7 +39,7 @@ def open_engine(name: str, checkpoint: Checkpoint, *, rows: int = 4, capacity: i
     if name == "ours":
         from emu3_vla.generation.engine import Engine, EngineConfig
 
-        return Engine.of(checkpoint, EngineConfig(rows=rows, capacity=capacity, compile=compile))
+        return Engine.of(checkpoint, EngineConfig(rows=rows, capacity=capacity, compile=compile, rounded=rounded))
     if name == "transformers":
         from emu3_vla.generation.transformers_engine import TransformersEngine
 

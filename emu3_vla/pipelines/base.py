@@ -21,7 +21,7 @@ from emu3_vla.generation.engine import PromptTooLong
 from emu3_vla.generation.engines import GeneratingEngine, open_engine
 from emu3_vla.generation.grammar import Grammar, Item
 from emu3_vla.generation.items import Prompt, ids_of, items_of
-from emu3_vla.generation.requests import Event, Parallel, Request
+from emu3_vla.generation.requests import ROUNDED, Event, Parallel, Request
 from emu3_vla.generation.sampling import Guidance, Sampling
 from emu3_vla.pipelines.errors import LacksPart, PipelineError, WrongFrames, WrongPictures, WrongSize
 from emu3_vla.vision_tokenizer import VisionTokenizer
@@ -70,9 +70,9 @@ class Written:
 class PipelineBase:
     """See emu3_vla.pipelines.Pipelines.
 
-    engine, compile: see emu3_vla.generation.engines. rows: sequences at once, at most. form: one of FORMS; empty: "trained" for what our
-    `emu3-vla train` left, "published" for all else. say: is told in a sentence where a picture is
-    resized. progress: is told, while something is written, how many ids of how many are done.
+    engine, compile, rounded: see emu3_vla.generation.engines; it is a rounded trunk's guesses that `Decoding.parallel` then verifies. rows:
+    sequences at once, at most. form: one of FORMS; empty: "trained" for what our `emu3-vla train` left, "published" for all else. say: is
+    told in a sentence where a picture is resized. progress: is told, while something is written, how many ids of how many are done.
     """
 
     def __init__(
@@ -81,6 +81,7 @@ class PipelineBase:
         *,
         engine: str = "ours",
         compile: bool = False,
+        rounded: bool = False,
         rows: int = 8,
         form: str = "",
         say: Callable[[str], None] | None = None,
@@ -96,7 +97,7 @@ class PipelineBase:
         self.progress = progress or (lambda _done, _total: None)
         self._say, self._said = say or (lambda _: None), set()
         self.published = (form or (TRAINED if checkpoint.provenance.get("command") == "train" else PUBLISHED)) == PUBLISHED
-        self._engine_name, self._compile, self._most_rows = engine, compile, rows
+        self._engine_name, self._options, self._most_rows = engine, {"compile": compile, "rounded": rounded}, rows
         self._engine: tuple[int, int, GeneratingEngine] | None = None  # rows, capacity
 
     # -- parts of the checkpoint
@@ -236,7 +237,8 @@ class PipelineBase:
         if decoding.guidance != 1:
             negative = prompt_of(self.texts(decoding.negative))
             guided = {"guidance": Guidance(scale=decoding.guidance), "negative": begun(negative)}
-        parallel = Parallel(window=decoding.parallel, draft=repeat_last) if decoding.parallel else None
+        draft = ROUNDED if self._options["rounded"] else repeat_last
+        parallel = Parallel(window=decoding.parallel, draft=draft) if decoding.parallel else None
         return Request(prompt=begun(prompt_of(text)), grammar=grammar, sampling=sampling, longest=longest, parallel=parallel, **guided)
 
     def run(self, requests: Sequence[Request], *, done: int = 0, total: int | None = None) -> list[Written]:
@@ -271,7 +273,7 @@ class PipelineBase:
             if self._engine is not None:
                 rows, capacity = max(rows, self._engine[0]), max(capacity, self._engine[1])
                 self._engine = None  # its memory goes before the next one's comes
-            engine = open_engine(self._engine_name, self.checkpoint, rows=rows, capacity=capacity, compile=self._compile)
+            engine = open_engine(self._engine_name, self.checkpoint, rows=rows, capacity=capacity, **self._options)
             self._engine = (rows, capacity, engine)
         return self._engine[2]
 

@@ -8,12 +8,13 @@ from block_models import block_model
 from transformers import GenerationConfig
 
 from emu3_vla.documents import NOTHING, ActionChunk, Image, OpenImage, Text, collate, from_blocks, parse, write
+from emu3_vla.generation.cache import CachedTrunk
 from emu3_vla.generation.drafts import repeat_last
 from emu3_vla.generation.engine import Engine, EngineConfig, PromptTooLong
-from emu3_vla.generation.grammar import Grammar
+from emu3_vla.generation.grammar import Grammar, Ids
 from emu3_vla.generation.items import PromptError
 from emu3_vla.generation.pieces import free, image_codes
-from emu3_vla.generation.requests import Parallel, Request, RequestError
+from emu3_vla.generation.requests import ROUNDED, Parallel, Request, RequestError
 from emu3_vla.generation.sampling import Guidance, Sampling
 from emu3_vla.vocabulary import Emu3Vocabulary
 
@@ -61,6 +62,51 @@ def test_parallel_decoding_gives_the_same(model):
                 results = engine.generate([Request(prompt=prompt, parallel=parallel, **options) for prompt in prompts])
                 assert [result.items for result in results] == [result.items for result in expected]
                 assert all(result.forwards <= alone.forwards for result, alone in zip(results, expected, strict=True))
+
+
+def test_guesses_of_a_rounded_trunk_change_the_passes_alone(model):
+    """Greedy and drawn, with guidance and without, past ids that the grammar forces, and whatever comes before."""
+    pytest.importorskip("numba")
+    prompts, negative = _prompts(6, seed=1), _prompts(1, seed=2)[0]
+
+    def forced(builder, state):  # rows of ids, each with its end
+        for _ in range(4):
+            for _ in range(5):
+                state = builder.after(state, Ids(10, 300))
+            state = builder.after(state, Ids(7, 8))
+        return state
+
+    engine = Engine(model, config=EngineConfig(rows=8, capacity=128, rounded=True))
+    for sampling in (Sampling(), Sampling(temperature=0.7, top_k=50, top_p=0.9, seed=3)):
+        for guidance in (None, Guidance(scale=2.5)):
+            options = dict(sampling=sampling, guidance=guidance, negative=negative if guidance else None, grammar=Grammar(forced))
+            expected = engine.generate([Request(prompt=prompt, **options) for prompt in prompts])
+            for window in (1, 6, 40):
+                parallel = Parallel(window=window, draft=ROUNDED)
+                results = engine.generate([Request(prompt=prompt, parallel=parallel, **options) for prompt in prompts])
+                assert [result.ids for result in results] == [result.ids for result in expected]
+                if window == 6:
+                    passes, alone = (sum(result.forwards for result in of) for of in (results, expected))
+                    assert passes < alone / 2, "most guesses are right"
+
+
+def test_a_rounded_trunk_is_nearly_the_trunk():
+    pytest.importorskip("numba")
+    from emu3_vla.generation.rounded import RoundedTrunk
+
+    for activation, key_heads in (("silu", 2), ("relu2", 4)):
+        model = small_emu3.decoder(hidden_act=activation, num_key_value_heads=key_heads)
+        cache = CachedTrunk(model).cache(rows=3, capacity=32)
+        embeddings = torch.randn(24, model.config.hidden_size)
+        first, _, last = cache.sequences
+        first.extend(embeddings[:20]), last.extend(embeddings[:11])
+        guessed = RoundedTrunk(model).extend([first, last], [20, 11], embeddings[20:])
+        assert (first.length, last.length) == (20, 11)
+        for sequence, state in zip((first, last), guessed, strict=True):
+            exact = sequence.extend(embeddings[20:])[-1]
+            assert torch.linalg.vector_norm(state - exact) < 0.03 * torch.linalg.vector_norm(exact)
+    with pytest.raises(ValueError, match="torch.bfloat16 on cpu; guesses of a rounded copy are for float32 on a CPU"):
+        RoundedTrunk(model.bfloat16())
 
 
 def test_a_result_does_not_depend_on_its_batch(model):
@@ -225,6 +271,10 @@ def test_blocks_in_parallel_and_with_guidance(sampling):
 
 
 def test_refusals(model, engine):
+    with pytest.raises(RequestError, match="make the engine with rounded=True"):
+        engine.submit(Request(prompt=[5], parallel=Parallel(draft=ROUNDED)))
+    with pytest.raises(RequestError, match="parallel.draft is 'round', expected a function, None, or 'rounded'"):
+        Parallel(draft="round")
     with pytest.raises(PromptTooLong, match="prompt has 129 positions, but the engine was made for 128"):
         engine.generate([Request(prompt=[5] * 129)])
     with pytest.raises(PromptTooLong, match="prompt of 120 positions and up to 10 .* do not fit the 128"):

@@ -130,6 +130,18 @@ def test_pairs_come_back_from_disk(tmp_path):
                 assert list(got.segments) == list(expected.segments) and got.given == expected.given
 
 
+def test_texts_behind_each_other_come_back_as_one_and_what_was_given_with_them(tmp_path):
+    """As of a policy that is told its arm's state in words, and says in words what it sees."""
+    image = Image(RGB_GRIPPER, np.zeros((4, 4), np.int64))
+    shown = [Begin(), Text([1]), image, Text([2]), Text([3]), ActionChunk([1]), image, Text([4]), Text([5])]
+    sides = [[Written(segments=[*shown, ActionChunk(ids)], given=len(shown))] for ids in ([1, 2], [3, 4])]
+    store = PairStore.create(tmp_path / "pairs", V, {}, {})
+    store.write_shard(0, [Pair(chosen=sides[0], rejected=sides[1], scores=(1.0, 0.0))])
+    (pair,) = PairStore.open(tmp_path / "pairs").pairs()
+    supervised = [part.supervised for part in pair.chosen[0].document() if isinstance(part, ActionChunk)]
+    assert supervised == [False, True] and pair.chosen[0].given == len(pair.chosen[0].segments) - 1
+
+
 def test_pairs_of_others_are_refused(tmp_path):
     store = PairStore.create(tmp_path / "pairs", V, {"text_tokenizer": "1"}, {"seed": 0})
     with pytest.raises(PairStoreError, match="made otherwise; choose another folder"):
