@@ -6,7 +6,8 @@
 
 The guard keeps the pose to which the arm was sent (in metres and radians) and its velocity, and moves them as little from what was asked
 as the limits allow. A command is only let through if, braking as hard as the acceleration limit allows from there on, the arm would still
-come to rest inside the box: so limits on position, velocity and acceleration hold together, for ever, whatever comes next.
+come to rest inside the box: so limits on position, velocity and acceleration hold together, for ever, whatever comes next. They are limits
+of what is sent; where the tool then is, the arm's own controller has to mind (envs.robot.Arm.confine), which looks more often.
 
 Imports numpy alone, so it runs on the arm's own computer.
 """

@@ -3,8 +3,8 @@
     emu3-vla export checkpoint=... layout=llama output_dir=exported
     engine = VllmEngine("exported", vocabulary, capacity=4096)
 
-vLLM is not among the dependencies: it pins its own torch. Install it in an environment of its own, together with this package's source
-and the libraries that emu3_vla.documents and emu3_vla.generation import.
+vLLM is not among the dependencies: it pins its own torch. Install it in an environment of its own (docs/generation.md), and put this
+package's source on its PYTHONPATH; vLLM brings the libraries that emu3_vla.documents and emu3_vla.generation import.
 """
 
 from __future__ import annotations
