@@ -113,7 +113,8 @@ def test_vllm_writes_within_the_grammars(tmp_path):
     result = subprocess.run(
         [python, str(tmp_path / "ask.py"), str(tmp_path / "exported")],
         input=json.dumps(asked),
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "VLLM_CPU_KVCACHE_SPACE": "1"},  # GiB; it would take most of all there is
+        # GiB of the cache: by itself vLLM takes most of what there is.
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "VLLM_CPU_KVCACHE_SPACE": "1"},
         capture_output=True,
         text=True,
     )
