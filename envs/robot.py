@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from envs.calvin.scenes import scene_named
-from envs.spec import CONTROL_HZ, ROBOT_OBS, SCENE_OBS, check_action
+from envs.spec import CONTROL_HZ, RGB_STATIC, ROBOT_OBS, SCENE_OBS, check_action
 
 PERIOD_S = 1 / CONTROL_HZ
 Observation = dict[str, np.ndarray]
@@ -148,7 +148,7 @@ class Watchdog:
 
 
 class RobotEnv:
-    """An arm with the contract of CalvinEnv, so that `eval` runs it: reset, step, state, observe, info, close.
+    """An arm with the contract of CalvinEnv, so that `eval` runs it: reset, step, state, observe, render, info, close.
 
     `step` sends one command and returns when the control period is over. Clocks that the arm keeps itself (a simulated arm in virtual
     time) are asked to advance instead of waiting: an arm with `advance()` and without `realtime`.
@@ -194,6 +194,10 @@ class RobotEnv:
     def observe(self) -> Observation:
         """Everything that the arm observes."""
         return self.arm.observe()
+
+    def render(self) -> np.ndarray | None:
+        """uint8 (H, W, 3), the newest picture of the static camera; None where the arm has none."""
+        return self.arm.observe().get(RGB_STATIC)
 
     def info(self) -> dict[str, Any]:
         """What tasks are judged by, for a simulated arm; nothing else."""

@@ -59,7 +59,9 @@ class FailurePictures(Watcher):
 
     def stepped(self, env: CalvinEnv, action: np.ndarray, before: np.ndarray, attempt: Attempt) -> None:
         if attempt.steps in self.moments and not attempt.success:
-            self.frames.append(env.render())
+            frame = env.render()
+            if frame is not None:  # an arm need not have the camera
+                self.frames.append(frame)
 
     def subtask_ends(self, position: int, attempt: Attempt) -> None:
         if not attempt.success and self.frames:

@@ -19,6 +19,8 @@ from eval.chain import run_chain
 from eval.environment import EnvConfig
 from eval.protocol import load_instructions
 from eval.rollout import RolloutConfig, main
+from eval.run import EvalConfig, EvalOptions
+from eval.run import main as evaluate
 from eval.sequences import long_horizon_sequences
 from policies.safety import SafetyOptions
 from policies.simple import ZeroPolicy
@@ -349,6 +351,15 @@ def test_a_rollout_on_the_simulated_arm_leaves_the_same_files(tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["simulator"] == "robot" and results["num_sequences"] == 1 and results["errors"] == 0
     assert results["chains"][0]["acting"]["periods"] >= results["chains"][0]["steps"]
+
+
+def test_an_evaluation_on_the_simulated_arm_counts_what_failed(tmp_path):
+    """Pictures of a failure come from the arm's cameras."""
+    env = EnvConfig(simulator="robot")
+    evaluate(EvalConfig(env=env, policy="zero", eval=EvalOptions(num_sequences=1, max_steps=12), output_dir=str(tmp_path)))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["errors"] == 0 and results["average_length"] == 0
+    assert list((tmp_path / "failures").iterdir())
 
 
 class Button:
