@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from envs.robot import LATELY, PERIOD_S, ArmStopped, Observation, Watchdog, held_pose
+from envs.robot import LATELY, PERIOD_S, ArmStopped, Observation, Watchdog, at_wall, held_pose
 from envs.spec import (
     CAMERAS,
     GRIPPER_OPEN,
@@ -67,7 +67,9 @@ class PoseArm:
         self._lock, self._gripper, self._closed = threading.RLock(), GRIPPER_OPEN, False
         self._sent: deque[np.ndarray] = deque(maxlen=LATELY)
         self._watchdog = Watchdog(watchdog_s, self._hold)
-        self._stopped, self._held, self._commands, self._homed_s = True, True, 0, time.monotonic()
+        self._stopped, self._held, self._commands, self._homed_s = ", or not homed yet", True, 0, time.monotonic()
+        self._walls: tuple[np.ndarray, np.ndarray] | None = None
+        self._seen: np.ndarray | None = None  # where the tool was seen since the last command
 
     # -- for subclasses
 
@@ -92,9 +94,10 @@ class PoseArm:
         """See Arm."""
         with self._lock:
             seen = self.read(images)
+            self._seen = self._in_world(seen.tool)
             joints = np.zeros(JOINTS)
             joints[: len(seen.joints_rad)] = seen.joints_rad
-            robot_obs = np.r_[self._in_world(seen.tool), seen.width_m, joints, self._gripper]
+            robot_obs = np.r_[self._seen, seen.width_m, joints, self._gripper]
         pictures = {key: fitted(seen.images[key], OBSERVATION[key].shape[:2]) for key in CAMERAS if key in seen.images} if images else {}
         return {ROBOT_OBS: robot_obs, **pictures}
 
@@ -102,8 +105,10 @@ class PoseArm:
         """See Arm."""
         action = check_action(action)
         with self._lock:
+            if not self._stopped and self._walls is not None:
+                self._mind_walls()
             if self._stopped:
-                raise ArmStopped("the arm was stopped, or not homed yet; home() releases it")
+                raise ArmStopped(f"the arm was stopped{self._stopped}; home() releases it")
             self._gripper = float(action[-1])
             self._send_to(self._sent[-1] + action[:6] * UNIT)
             self._held, self._commands = False, self._commands + 1
@@ -113,17 +118,23 @@ class PoseArm:
         """See Arm."""
         with self._lock:
             if not self._stopped:
-                self._stopped = True
+                self._stopped = " by its program"
                 self._hold()
+
+    def confine(self, low_m: np.ndarray, high_m: np.ndarray) -> None:
+        """See Arm. What was observed before a command is looked at, a period ahead of where the tool moves; walls of the controller's own
+        look oftener."""
+        with self._lock:
+            self._walls, self._was = (np.array(low_m, np.float64), np.array(high_m, np.float64)), self._tool()
 
     def home(self, options: dict[str, np.ndarray] | None = None) -> None:
         """See Arm; `options` say where a simulated arm begins, and are nothing that a real one could do."""
         with self._lock:
             self.go_home()
-            self._gripper = GRIPPER_OPEN
+            self._gripper, self._walls = GRIPPER_OPEN, None
             self._sent.clear()
-            self._sent.append(self._in_world(self.read(images=False).tool))
-            self._stopped, self._held, self._commands, self._homed_s = False, True, 0, time.monotonic()
+            self._sent.append(self._tool())
+            self._stopped, self._held, self._commands, self._homed_s = "", True, 0, time.monotonic()
 
     def close(self) -> None:
         """See Arm."""
@@ -154,8 +165,20 @@ class PoseArm:
         """Send the arm to where it is."""
         with self._lock:
             if self._sent:
-                self._send_to(held_pose(self._in_world(self.read(images=False).tool), self._sent))
+                self._send_to(held_pose(self._tool(), self._sent))
                 self._held = True
+
+    def _mind_walls(self) -> None:
+        """Stand still where the tool, wherever it was sent, is about to pass a wall."""
+        tool, self._seen = self._tool() if self._seen is None else self._seen, None  # reading an arm may take its cameras' time
+        coming, self._was = 2 * tool[:3] - self._was[:3], tool
+        if reason := at_wall(coming, self._walls):
+            self._stopped = reason
+            self._hold()
+
+    def _tool(self) -> np.ndarray:
+        """Where the tool is: pose (6,) in the world."""
+        return self._in_world(self.read(images=False).tool)
 
     def _send_to(self, pose: np.ndarray) -> None:
         self._sent.append(pose)

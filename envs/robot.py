@@ -102,6 +102,14 @@ def held_pose(tool: np.ndarray, sent_lately: Sequence[np.ndarray]) -> np.ndarray
     return pose.clip(np.min(sent_lately, axis=0), np.max(sent_lately, axis=0))
 
 
+def at_wall(coming: np.ndarray, walls: tuple[np.ndarray, np.ndarray]) -> str:
+    """Why an arm whose tool will be at `coming` (3,) has to stop; empty if it lies between the walls, low and high corner (3,)."""
+    outside = np.maximum(walls[0] - coming, coming - walls[1])
+    if outside.max() <= 0:
+        return ""
+    return f": its tool came to a wall along {'xyz'[outside.argmax()]}, where it was not sent: is that pose out of its reach?"
+
+
 class Watchdog:
     """Calls `stop` once when it was not fed for `period_s`; the next `feed` arms it again.
 

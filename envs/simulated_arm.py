@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from envs.calvin.env import CalvinEnv
-from envs.robot import LATELY, PERIOD_S, ArmOverrun, ArmStopped, Observation, SimulatedArmOptions, held_pose
+from envs.robot import LATELY, PERIOD_S, ArmOverrun, ArmStopped, Observation, SimulatedArmOptions, at_wall, held_pose
 from envs.spec import CAMERAS, GRIPPER_OPEN, MAX_RELATIVE_POSITION_M, MAX_RELATIVE_ROTATION_RAD, ROBOT_OBS, check_action
 
 UNIT = np.array([MAX_RELATIVE_POSITION_M] * 3 + [MAX_RELATIVE_ROTATION_RAD] * 3)
@@ -189,11 +189,9 @@ class SimulatedArm:
         """Protective stop: the joints are held as soon as the tool is about to pass a wall, wherever it was sent."""
         tool = self._tool()
         coming, self._was = tool + (tool - self._was) * REACTION_SUBSTEPS, tool
-        low, high = self._walls
-        if not self._stopped and ((coming < low) | (coming > high)).any():
+        if not self._stopped and (reason := at_wall(coming, self._walls)):
             self.simulation.hold()
-            axis = "xyz"[int(np.argmax(np.maximum(low - coming, coming - high)))]
-            self._stopped = f": its tool came to a wall along {axis}, where it was not sent: is that pose out of its reach?"
+            self._stopped = reason
 
     def _freeze(self) -> None:
         """Send the arm to where it is."""

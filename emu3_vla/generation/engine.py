@@ -382,13 +382,13 @@ class Engine:
                 items = run.accept([next(chosen) for _ in own])
                 events.append(Event(run.number, items, run.finish))
             if own and not run.finish and run.request.parallel and run.request.parallel.draft == ROUNDED:
-                self._guess(run)
+                self._guess_rounded(run)
             if run.finish:
                 self._results[run.number] = Result(run.items, run.finish, run.forwards, self.vocabulary)
                 self._release(run)
         return events
 
-    def _guess(self, run: Run) -> None:
+    def _guess_rounded(self, run: Run) -> None:
         """Guesses of the rounded trunk, each behind those before it, as far as ids go: the codes of a block would cost as much again."""
         starts, state = [lane.sequence.length for lane in run.lanes], run.state
         coming, read = list(run.lanes[0].pending), 0  # of all lanes alike

@@ -93,6 +93,25 @@ def test_a_lerobot_robot_is_an_arm(arm):
     assert not arm.robot.is_connected
 
 
+def test_it_stops_before_a_wall_wherever_it_was_sent(arm):
+    arm.confine(np.array([-0.1, -0.1, 0.1]), np.array([0.1, 0.1, 0.4]))
+    for _ in range(3):
+        arm.command(FORWARD)
+    for place in (35.0, 70.0):  # pulled aside, faster and faster, by what is none of its commands
+        arm.robot.positions["y.pos"] = place
+        arm.observe(images=False)
+        if place == 35.0:
+            arm.command(FORWARD)
+    arm.robot.positions["y.pos"] = 0.0  # what was observed counts, not what would be read now
+    with pytest.raises(ArmStopped, match=r"its tool came to a wall along y, where it was not sent.*; home\(\) releases it"):
+        arm.command(FORWARD)
+    assert arm.sent()[1]
+    with pytest.raises(ArmStopped, match="a wall along y"):
+        arm.command(FORWARD)
+    arm.home()
+    arm.command(FORWARD)
+
+
 def test_the_watchdog_holds_it_one_period_after_the_command_that_did_not_come(arm):
     for _ in range(5):
         arm.command(FORWARD)
