@@ -52,10 +52,13 @@ def free(size: int, *ends: int) -> Piece:
     return build
 
 
-def text(vocabulary: Vocabulary, *, least: int = 1, longest: int | None = None) -> Piece:
-    """Text ids, at least `least` and at most `longest`; None: as many as the model likes. What comes after says where it ends."""
+def text(vocabulary: Vocabulary, *, least: int = 1, longest: int | None = None, without: Sequence[int] = ()) -> Piece:
+    """Text ids, at least `least` and at most `longest`; None: as many as the model likes. What comes after says where it ends.
+
+    without: ids that may not come.
+    """
     require(0 <= least and (longest is None or max(least, 1) <= longest), f"text of {least} to {longest} ids cannot be")
-    label = _text_ids(vocabulary)
+    label = _text_ids(vocabulary, tuple(without))
 
     def build(builder: Builder, state: int) -> int:
         end = builder.state()
@@ -74,9 +77,9 @@ def text(vocabulary: Vocabulary, *, least: int = 1, longest: int | None = None) 
     return build
 
 
-def sentence(vocabulary: Vocabulary, ends: np.ndarray) -> Piece:
-    """Text ids until one of `ends`, int (n,), which is written too: an answer that ends with its only full stop."""
-    label = _text_ids(vocabulary)
+def sentence(vocabulary: Vocabulary, ends: np.ndarray, *, without: Sequence[int] = ()) -> Piece:
+    """Text ids until one of `ends`, int (n,), which is written too: an answer that ends with its only full stop. without: as of `text`."""
+    label = _text_ids(vocabulary, tuple(without))
     allowed = np.ones(label.stop - label.start, bool) if label.mask is None else label.mask
     is_end = np.isin(np.arange(label.start, label.stop), ends) & allowed
     require(is_end.any(), "a sentence ends with one of some text ids, and none was given")
@@ -264,10 +267,13 @@ def _codes(vocabulary: Emu3Vocabulary, count: int, given: np.ndarray | None = No
 
 
 @lru_cache(maxsize=8)
-def _text_ids(vocabulary: Vocabulary) -> Ids:
+def _text_ids(vocabulary: Vocabulary, without: tuple[int, ...]) -> Ids:
     if isinstance(vocabulary, CompactVocabulary):
-        return Ids(0, vocabulary.text_size)
-    return Ids(0, vocabulary.vision_start, vocabulary.is_text(np.arange(vocabulary.vision_start)))
+        stop, mask = vocabulary.text_size, np.ones(vocabulary.text_size, bool)
+    else:
+        stop, mask = vocabulary.vision_start, vocabulary.is_text(np.arange(vocabulary.vision_start))
+    mask[list(without)] = False
+    return Ids(0, stop, None if mask.all() else mask)
 
 
 def _check_count(*sizes: int) -> None:

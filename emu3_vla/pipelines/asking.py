@@ -73,7 +73,7 @@ def ask(
             raise WrongFrames("this checkpoint is asked about the pictures of one moment, not about a video; give pictures")
         return _streamed(pipeline, ask_request(pipeline, texts, pipeline.look(pictures), decoding, longest))
     picture = _video(pipeline, frames) if frames is not None else _single(pipeline.look(pictures))
-    prompts, grammar = Prompts(pipeline.text.encode), Grammar(sequence(text(pipeline.vocabulary), literal(pipeline.vocabulary.eos)))
+    prompts, grammar = Prompts(pipeline.text.encode), _until_end(pipeline)
 
     def prompt_of(text: list[Text]):
         # The question's words are encoded with the full stop that follows them, so the document is made of words, not of ids.
@@ -84,7 +84,7 @@ def ask(
 
 def ask_request(pipeline: PipelineBase, question: list[Text], look: Sequence[Image], decoding: Decoding, longest: int = LONGEST) -> Request:
     """To answer a question in the form of our training: the answer ends with its full stop."""
-    grammar = Grammar(sentence(pipeline.vocabulary, _full_stops(pipeline.text)))
+    grammar = Grammar(sentence(pipeline.vocabulary, _full_stops(pipeline.text), without=pipeline.number_ids))
     return pipeline.request(lambda text: forms.asked(look, text), question, grammar, decoding, longest=_checked(longest))
 
 
@@ -95,7 +95,7 @@ def describe(pipeline: PipelineBase, pictures: Pictures, *, longest: int = LONGE
 
 def describe_request(pipeline: PipelineBase, look: Sequence[Image], decoding: Decoding, longest: int = LONGEST) -> Request:
     """To write the caption of pictures and the end of the document."""
-    grammar = Grammar(sequence(text(pipeline.vocabulary), literal(pipeline.vocabulary.eos)))
+    grammar = _until_end(pipeline)
     if decoding.guidance != 1:
         raise PipelineError("a description has no text to be guided by; leave guidance at 1")
     return pipeline.request(lambda text: forms.described(look, text), [], grammar, decoding, longest=_checked(longest))
@@ -103,6 +103,11 @@ def describe_request(pipeline: PipelineBase, look: Sequence[Image], decoding: De
 
 def _streamed(pipeline: PipelineBase, request: Request) -> TextStream:
     return TextStream(pipeline, pipeline.events([request]))
+
+
+def _until_end(pipeline: PipelineBase) -> Grammar:
+    """Words, and the end of the document."""
+    return Grammar(sequence(text(pipeline.vocabulary, without=pipeline.number_ids), literal(pipeline.vocabulary.eos)))
 
 
 def _checked(longest: int) -> int:

@@ -23,6 +23,7 @@ from emu3_vla.generation.grammar import Grammar, Item
 from emu3_vla.generation.items import Prompt, ids_of, items_of
 from emu3_vla.generation.requests import ROUNDED, Event, Parallel, Request
 from emu3_vla.generation.sampling import Guidance, Sampling
+from emu3_vla.number_words import NumberWords
 from emu3_vla.pipelines.errors import LacksPart, PipelineError, WrongFrames, WrongPictures, WrongSize
 from emu3_vla.vision_tokenizer import VisionTokenizer
 from emu3_vla.vision_tokenizer.images import from_bytes, resize, to_images
@@ -109,6 +110,15 @@ class PipelineBase:
     @property
     def text(self):
         return self._part(self.checkpoint.text_tokenizer, TEXT)
+
+    @cached_property
+    def number_ids(self) -> tuple[int, ...]:
+        """Text ids that stand for numbers alone: what a policy is told of its arm, and what it says that it sees. No words for people."""
+        settings, found = self.checkpoint.policy, []
+        for fields in (settings.state, settings.scene) if settings else ():
+            ids = NumberWords.of(fields).spelled(self.text.encode).single_ids() if fields else None
+            found += [] if ids is None else ids.flatten().tolist()
+        return tuple(found)
 
     @property
     def actions(self):

@@ -1,5 +1,7 @@
 """The engine gives what one-at-a-time decoding by Transformers gives, whoever else is being answered."""
 
+import sys
+
 import numpy as np
 import pytest
 import small_emu3
@@ -88,6 +90,13 @@ def test_guesses_of_a_rounded_trunk_change_the_passes_alone(model):
                 if window == 6:
                     passes, alone = (sum(result.forwards for result in of) for of in (results, expected))
                     assert passes < alone / 2, "most guesses are right"
+
+
+def test_rounded_guesses_without_numba_say_what_is_missing(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.delitem(sys.modules, "emu3_vla.generation.rounded", raising=False)
+    with pytest.raises(RequestError, match=r"rounded guesses need Numba: pip install 'emu3-vla\[rounded\]'"):
+        Engine(model, config=EngineConfig(rounded=True))
 
 
 def test_a_rounded_trunk_is_nearly_the_trunk():

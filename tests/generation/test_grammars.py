@@ -23,6 +23,7 @@ from emu3_vla.generation.pieces import (
     image_codes,
     literal,
     repeat,
+    sentence,
     sequence,
     text,
     video,
@@ -160,6 +161,15 @@ def test_text_within_limits():
     assert not grammar.allows(grammar.start, EMU3.eos) and grammar.allows(state, EMU3.eos)
     assert grammar.choice(grammar.advance(state, 7)).only == EMU3.eos and grammar.longest == 4
     assert not grammar.allows(state, EMU3.vision_start) and not grammar.allows(state, EMU3.begin_image())
+
+
+@pytest.mark.parametrize("vocabulary", [EMU3, COMPACT], ids=["emu3", "compact"])
+def test_ids_that_may_not_come_do_not(vocabulary):
+    """In a text, and in a sentence, whose end they are not either."""
+    for piece in (text(vocabulary, without=[3, 5]), sentence(vocabulary, np.array([5, 6]), without=[3, 5])):
+        grammar = Grammar(sequence(piece, literal(vocabulary.eos)))
+        assert [grammar.allows(grammar.start, index) for index in (3, 4, 5, 6)] == [False, True, False, True]
+    assert grammar.allows(grammar.advance(grammar.start, 6), vocabulary.eos)
 
 
 def test_codes_that_are_given_are_written():

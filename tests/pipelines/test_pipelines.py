@@ -431,3 +431,13 @@ def test_no_gradients_are_kept(compact):
     compact.draw("goes.", decoding=DRAWN)
     assert not any(parameter.grad is not None for parameter in compact.checkpoint.model.parameters())
     assert not torch.is_inference_mode_enabled()
+
+
+def test_a_policy_that_speaks_in_numbers_answers_in_words():
+    """The shipped policy says what it sees in words of its own, which are no answer, however odd the question."""
+    pipes = pipelines.load(pipelines.find("calvin-d"))
+    words = [pipes.text.decode([index]) for index in pipes.number_ids]
+    assert "<red_right 13>" in [word.strip() for word in words]
+    random = np.random.default_rng(0)
+    pictures = [random.integers(0, 256, (side, side, 3), np.uint8) for side in (200, 84)]
+    assert "<" not in pipes.ask("describe the scene.", pictures, longest=12).read()
