@@ -1,7 +1,8 @@
 """Write one action chunk, where the grammar says what may come.
 
 Where the likeliest ids are taken, several are written in one pass: guesses stand as far as they are what would have been written one by
-one, and what the model says behind a wrong one is the next guess (Jacobi decoding, arXiv 2305.10427). The ids are the same.
+one, and what the model says behind a wrong one is the next guess (Jacobi decoding, arXiv 2305.10427). A rounded copy of the trunk guesses
+better (emu3_vla.generation.rounded). The ids are the same.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, islice
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +23,11 @@ from emu3_vla.generation.sampling import DecodingFailed
 from emu3_vla.model import BlockEmu3ForCausalLM
 from emu3_vla.vocabulary import CompactVocabulary
 
+if TYPE_CHECKING:
+    from emu3_vla.generation.rounded import RoundedTrunk  # which imports Numba
+
 # Guesses that go through the trunk beside an id. A row more is nearly free where reading the weights takes the time.
-WINDOW = 7
+WINDOW, ROUNDED_WINDOW = 7, 15
 
 
 @dataclass(frozen=True)
@@ -52,15 +57,23 @@ class Chunk:
 
 
 class ActionWriter:
-    """Decodes chunks of one shape with one model. temperature 0 takes the likeliest id that is permitted."""
+    """Decodes chunks of one shape with one model. temperature 0 takes the likeliest id that is permitted. rounded: writes guesses."""
 
-    def __init__(self, model: BlockEmu3ForCausalLM, vocabulary: CompactVocabulary, grammar: ActionGrammar, temperature: float = 0.0):
+    def __init__(
+        self,
+        model: BlockEmu3ForCausalLM,
+        vocabulary: CompactVocabulary,
+        grammar: ActionGrammar,
+        temperature: float = 0.0,
+        *,
+        rounded: RoundedTrunk | None = None,
+    ):
         if temperature < 0:
             raise ValueError(f"temperature is {temperature}, expected at least 0")
         start, end = vocabulary.action_start, vocabulary.end_of_chunk + 1
         self._head = Product(model.lm_head.weight[start:end])
         self._embeddings = model.model.embed_tokens.weight[start:end].detach()
-        self._grammar, self._temperature = grammar, temperature
+        self._grammar, self._temperature, self._rounded = grammar, temperature, rounded
         self._refused = torch.from_numpy(~grammar.mask_rows).to(self._embeddings.device)
 
     def write(self, sequence: CachedSequence, state_H: torch.Tensor, generator: torch.Generator | None = None) -> WrittenChunk:
@@ -108,6 +121,9 @@ class ActionWriter:
             unfinished = [number for number in unfinished if not self._grammar.is_finished(chunks[number].state)]
             if not unfinished:
                 return [WrittenChunk(chunk.ids, chunk.entropy, math.exp(chunk.log_probability)) for chunk in chunks]
+            if self._rounded and not self._temperature:
+                for number in unfinished:
+                    chunks[number].ahead = self._guessed(chunks[number], sequences[number])
             following = [self._embeddings[[chunks[number].ids[-1], *chunks[number].ahead]] for number in unfinished]
             states = sequences[0].trunk.extend_each([(sequences[number], rows) for number, rows in zip(unfinished, following, strict=True)])
 
@@ -157,6 +173,18 @@ class ActionWriter:
         sequence.truncate(sequence.length - (len(ahead) - right))
         chunk.guess[written : written + len(choices)] = [index for index, _, _ in choices]
         chunk.ahead = self._permitted(chunk)
+
+    def _guessed(self, chunk: Chunk, sequence: CachedSequence) -> list[int]:
+        """What the rounded trunk would write next, to the chunk's end or as far as the window goes."""
+        ahead, state, last = [], chunk.state, chunk.ids[-1]
+        while len(ahead) < ROUNDED_WINDOW and chunk.prefix is None:
+            states = self._rounded.extend([sequence], [sequence.length + len(ahead)], self._embeddings[[last]])
+            last = int(self._masked(self._logits(torch.stack(states)), [state]).argmax())
+            state = self._grammar.advance(state, last)
+            if self._grammar.is_finished(state):
+                break
+            ahead.append(last)
+        return ahead
 
     def _permitted(self, chunk: Chunk) -> list[int]:
         """Of the next WINDOW guesses those that the grammar lets stand, except one that would end the chunk. None where the likeliest id is

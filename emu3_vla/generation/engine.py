@@ -221,10 +221,8 @@ class Engine:
         self.cache = self.trunk.cache(config.rows, config.capacity, slack=LONGEST if config.compile else 0)
         self._rounded, self._guesser = None, None
         if config.rounded:
-            try:
-                from emu3_vla.generation.rounded import RoundedProduct, RoundedTrunk  # Numba takes a while to import
-            except ImportError as error:
-                raise RequestError("rounded guesses need Numba: pip install 'emu3-vla[rounded]'") from error
+            from emu3_vla.generation.rounded import RoundedProduct, RoundedTrunk  # Numba takes a while to import
+
             self._rounded, self._guesser = RoundedTrunk(model), Chooser(model, product=RoundedProduct)
         self._chooser, self._embed = Chooser(model, packed=not config.compile), Embedder(model)
         self._forward = self.trunk.extend_each

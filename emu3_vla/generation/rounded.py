@@ -7,8 +7,8 @@ One position costs a CPU what it costs to read the weights, and these are a quar
 itself verifies several of them in one pass: nothing that is written depends on the rounding.
 
 It goes on from the keys and values that the trunk computed, and leaves its own behind them, where the trunk's next pass writes its own.
-Each row of a matrix is rounded to 255 steps of one size, and what it is multiplied by more finely; all else is float32. Compiled by Numba
-at the first use, which takes seconds, and kept on disk.
+Each row of a matrix is rounded to 255 steps of one size, and what it is multiplied by more finely; all else is float32. Numba compiles it
+where one is made for the first time, which takes ten seconds, and keeps it on disk.
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numba import njit
 from transformers import Emu3ForCausalLM
 
 from emu3_vla.generation.cache import CachedSequence, head_size
+
+try:
+    from numba import njit
+except ImportError as error:
+    raise ImportError("rounded guesses need Numba: pip install 'emu3-vla[rounded]'") from error
 
 SILU, SQUARED_RELU = 0, 1
 ACTIVATIONS = {"silu": SILU, "relu2": SQUARED_RELU}
@@ -48,6 +52,9 @@ class RoundedTrunk:
         )
         self._frequencies = trunk.rotary_emb.inv_freq.detach().float().numpy()
         self._shape = config.num_attention_heads, head_size(config), np.float32(config.rms_norm_eps), ACTIVATIONS[config.hidden_act]
+        # Once for nothing, so that it is compiled now and not in the first decision.
+        empty = tuple(np.zeros((1, config.num_key_value_heads, 1, head_size(config)), np.float32) for _ in trunk.layers)
+        self._over(np.zeros((1, config.hidden_size), np.float32), np.zeros(1, int), np.zeros(1, int), empty, empty)
 
     @torch.inference_mode()
     def extend(self, sequences: Sequence[CachedSequence], starts: Sequence[int], embeddings_nH: torch.Tensor) -> list[torch.Tensor]:
@@ -58,8 +65,11 @@ class RoundedTrunk:
         hidden = np.empty((len(rows), embeddings_nH.shape[1]), np.float32)
         for number, embedded_H in enumerate(embeddings_nH.numpy()):
             hidden[:] = embedded_H
-            _position(hidden, rows, np.array(starts) + number, keys, values, self._frequencies, *self._shape, *self._weights)
+            self._over(hidden, rows, np.array(starts) + number, keys, values)
         return list(torch.from_numpy(hidden))
+
+    def _over(self, hidden: np.ndarray, rows: np.ndarray, ats: np.ndarray, keys: tuple[np.ndarray, ...], values: tuple[np.ndarray, ...]):
+        _position(hidden, rows, ats, keys, values, self._frequencies, *self._shape, *self._weights)
 
 
 class RoundedProduct:

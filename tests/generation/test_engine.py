@@ -95,7 +95,7 @@ def test_guesses_of_a_rounded_trunk_change_the_passes_alone(model):
 def test_rounded_guesses_without_numba_say_what_is_missing(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.delitem(sys.modules, "emu3_vla.generation.rounded", raising=False)
-    with pytest.raises(RequestError, match=r"rounded guesses need Numba: pip install 'emu3-vla\[rounded\]'"):
+    with pytest.raises(ImportError, match=r"rounded guesses need Numba: pip install 'emu3-vla\[rounded\]'"):
         Engine(model, config=EngineConfig(capacity=64, rounded=True))
 
 

@@ -7,7 +7,7 @@ import torch
 
 from emu3_vla.checkpoint import load
 from emu3_vla.documents import ActionChunk, Image, Text, collate, length_of
-from envs.spec import check_action
+from envs.spec import COMMITTED_ACTIONS, check_action
 from policies import CHECKPOINTS, SHIPPED
 from policies.base import Policy
 from policies.emu3 import Emu3Policy
@@ -239,6 +239,22 @@ def test_not_a_bit_of_an_answer_depends_on_who_else_is_asked(workers):
             own = alone.infer(_felt_observation(10 * (together - 1) + step))
             assert own["token_ids"] == answers[-1]["token_ids"] and own["entropy"] == answers[-1]["entropy"]
             assert own["probability"] == answers[-1]["probability"]
+
+
+def test_guesses_of_a_rounded_copy_change_no_answer(tiny_checkpoint):
+    """Alone and together, and with the first actions committed."""
+    pytest.importorskip("numba")
+    plain, rounded = Emu3Policy(tiny_checkpoint), Emu3Policy(tiny_checkpoint, rounded=True)
+    answers = []
+    for policy in (plain, rounded):
+        sessions = policy.sessions(3)
+        for session in sessions:
+            session.reset("go left")
+        policy.reset("go left")
+        alone = [policy.infer(_observation(step))["token_ids"] for step in range(4)]
+        ahead = policy.infer(_observation(9) | {COMMITTED_ACTIONS: np.zeros((2, 7), np.float32)})["token_ids"]
+        answers.append((alone, ahead, _decide(sessions, policy, rounds=3)))
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
