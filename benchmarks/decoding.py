@@ -7,8 +7,8 @@ A random decoder of 15 M parameters, batch 1. Our ways must write the same ids, 
 printed. Processor time; the ways take turns, and the least of each counts, so that other programs disturb little (what they take of the
 memory's bandwidth, they take from all).
 
-token      16 ids behind a prompt of 200, the prompt's own time taken off: milliseconds an id. "rounded": guessed by a copy of the trunk
-           with weights of eight bits and verified, in float32 (Numba compiles it, once)
+token      16 ids behind a prompt of 200, the prompt's own time taken off: milliseconds an id. "int8 draft": guessed by a copy of the trunk
+           with int8 weights and verified, in float32 (Numba compiles it, once)
 chunk      an action chunk of 16 ids behind a prompt of 200 whose last 8 ids are new since the chunk before, as a control step's are.
            Transformers computes all of it; ours keeps what did not change. "parallel": guesses from the chunks before, 8 verified a pass
 image      256 codes and the ends of their rows, with guidance. Transformers runs the null prompt beside the prompt, ours both in one pass
@@ -32,11 +32,11 @@ from emu3_vla.generation.drafts import NGrams, above
 from emu3_vla.generation.engine import Engine, EngineConfig
 from emu3_vla.generation.grammar import Builder, Grammar, Ids
 from emu3_vla.generation.pieces import free
-from emu3_vla.generation.requests import ROUNDED, Parallel, Request, Result
+from emu3_vla.generation.requests import INT8, Parallel, Request, Result
 from emu3_vla.generation.sampling import Guidance
 from emu3_vla.generation.transformers_engine import TransformersEngine
 
-WINDOW, WINDOW_GUIDED = 15, 8  # guesses of the rounded trunk; with guidance each of two rows has them
+WINDOW, WINDOW_GUIDED = 15, 8  # guesses of the int8 draft; with guidance each of two rows has them
 IDS, CODES, CAPACITY = 2048, Ids(1024, 2048), 768
 PROMPT, CHUNK, NEW = 200, 16, 8
 SIDE, END_OF_ROW = 16, 5
@@ -73,9 +73,9 @@ class Ways:
         model = decoder(dtype)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.reference = TransformersEngine(model, capacity=CAPACITY)
-        self.ours = Engine(model, config=EngineConfig(rows=2, capacity=CAPACITY, rounded=dtype == torch.float32))
-        # The ways that guess, by name. Only ids in float32 on a CPU are guessed by a rounded trunk.
-        self.rounded = {"rounded": Parallel(window=WINDOW, draft=ROUNDED)} if dtype == torch.float32 else {}
+        self.ours = Engine(model, config=EngineConfig(rows=2, capacity=CAPACITY, int8_draft=dtype == torch.float32))
+        # The ways that guess, by name. Only ids in float32 on a CPU are guessed by an int8 draft.
+        self.drafted = {"int8 draft": Parallel(window=WINDOW, draft=INT8)} if dtype == torch.float32 else {}
 
     def theirs(self, **request) -> Result:
         return self.reference.generate([Request(**request)])[0]
@@ -109,10 +109,10 @@ def token(ways: Ways, repeats: int) -> None:
         "ours": lambda: ways.own(**ids),
         "ours 1": lambda: ways.own(**one),
     }
-    calls |= {name: lambda parallel=parallel: ways.own(**ids, parallel=parallel) for name, parallel in ways.rounded.items()}
+    calls |= {name: lambda parallel=parallel: ways.own(**ids, parallel=parallel) for name, parallel in ways.drafted.items()}
     least, answers = in_turn(calls, repeats)
-    note = agreement(*(answers[name] for name in ("theirs", "ours", *ways.rounded)))
-    each = {name: (least[name] - least["ours 1"]) / (CHUNK - 1) for name in ("ours", *ways.rounded)}
+    note = agreement(*(answers[name] for name in ("theirs", "ours", *ways.drafted)))
+    each = {name: (least[name] - least["ours 1"]) / (CHUNK - 1) for name in ("ours", *ways.drafted)}
     report("token", (least["theirs"] - least["theirs 1"]) / (CHUNK - 1), each, note)
     report("prompt", least["theirs 1"], {"ours": least["ours 1"]})
 
@@ -122,7 +122,7 @@ def chunk(ways: Ways, repeats: int) -> None:
     steps, end = prompts(2 + repeats), Grammar(free(IDS))
     known = NGrams(2)
     calls = {"theirs": lambda prompt: ways.theirs(prompt=prompt, grammar=end, longest=CHUNK)}
-    for name, parallel in {"one at a time": None, "parallel": Parallel(window=8, draft=known), **ways.rounded}.items():
+    for name, parallel in {"one at a time": None, "parallel": Parallel(window=8, draft=known), **ways.drafted}.items():
         asked = dict(fresh=False, grammar=end, longest=CHUNK, parallel=parallel)
         calls[name] = lambda prompt, asked=asked: ways.own(prompt=prompt, **asked)
     least = dict.fromkeys(calls, float("inf"))
@@ -145,8 +145,8 @@ def image(ways: Ways, repeats: int) -> None:
     prompt, grammar = prompts(1)[0][:24], Grammar(picture)
     request = dict(prompt=prompt, negative=prompt[:4], guidance=Guidance(scale=3.0), grammar=grammar)
     calls = {"theirs": lambda: ways.theirs(**request)}
-    rounded = {name: replace(parallel, window=WINDOW_GUIDED) for name, parallel in ways.rounded.items()}
-    for name, parallel in {"one at a time": None, "parallel": Parallel(window=16, draft=above(SIDE + 1)), **rounded}.items():
+    drafted = {name: replace(parallel, window=WINDOW_GUIDED) for name, parallel in ways.drafted.items()}
+    for name, parallel in {"one at a time": None, "parallel": Parallel(window=16, draft=above(SIDE + 1)), **drafted}.items():
         calls[name] = lambda parallel=parallel: ways.own(**request, parallel=parallel)
     least, answers = in_turn(calls, repeats)
     report("image", least.pop("theirs"), least, passes_of(answers), agreement(*answers.values()))
@@ -154,7 +154,7 @@ def image(ways: Ways, repeats: int) -> None:
 
 def passes_of(answers: dict[str, Result]) -> str:
     """Passes through the trunk of the ways that guess."""
-    guessed = [name for name in answers if name in ("parallel", "rounded")]
+    guessed = [name for name in answers if name in ("parallel", "int8 draft")]
     passes = ", ".join(f"{name} {answers[name].forwards}" for name in guessed)
     return f"passes for {len(answers['theirs'].ids)} ids: {passes}"
 

@@ -132,7 +132,7 @@ class PolicyOptions:
     temperature: float | None = None  # of the action ids that it draws; 0 takes the likeliest
     device: str | None = None  # cpu, cuda, cuda:1
     dtype: str | None = None  # float32 or bfloat16
-    rounded: bool | None = None  # guesses of a copy in eight bits: the same action ids, on a CPU sooner
+    int8_draft: bool | None = None  # speculative decoding: a copy in int8 guesses; the same action ids, on a CPU sooner
 
     def given(self) -> dict[str, Any]:
         """Those that are not left to the policy."""

@@ -56,7 +56,7 @@ class Emu3Policy:
     workers: groups of sessions that are decided side by side where several are asked at once, each with that many threads. No decision
     depends on it.
     dtype: "float32" or "bfloat16", of the model's arithmetic.
-    rounded: let a copy of the trunk in eight bits guess action ids, which the trunk verifies; the ids are the same, on a CPU sooner.
+    int8_draft: let a copy of the trunk in int8 guess action ids, which the trunk verifies; the ids are the same, on a CPU sooner.
     Raises what emu3_vla.load raises, and ValueError for an option that cannot be.
     """
 
@@ -70,7 +70,7 @@ class Emu3Policy:
         dtype: str = "float32",
         threads: int = 1,
         workers: int = 1,
-        rounded: bool = False,
+        int8_draft: bool = False,
         seed: int = 0,
     ):
         if dtype not in DTYPES:
@@ -99,12 +99,12 @@ class Emu3Policy:
         self._shape = {"horizon": settings.horizon, "action_dim": settings.action_dim}
         grammar = self.checkpoint.action_tokenizer.grammar(**self._shape)
         temperature = settings.temperature if temperature is None else temperature
-        guesser = None
-        if rounded:
-            from emu3_vla.generation.rounded import RoundedTrunk  # Numba takes a while to import
+        draft = None
+        if int8_draft:
+            from emu3_vla.generation.int8_draft import Int8Trunk  # Numba takes a while to import
 
-            guesser = RoundedTrunk(self.checkpoint.model)
-        self._writer = ActionWriter(self.checkpoint.model, vocabulary, grammar, temperature, rounded=guesser)
+            draft = Int8Trunk(self.checkpoint.model)
+        self._writer = ActionWriter(self.checkpoint.model, vocabulary, grammar, temperature, draft=draft)
         self._words = WordWriter(self.checkpoint.model, self.scenes) if self.scenes else None
         self._trunk = CachedTrunk(self.checkpoint.model)
         self._begin_action = self.checkpoint.model.model.embed_tokens.weight[[vocabulary.begin_action]].detach()

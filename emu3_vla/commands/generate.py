@@ -46,7 +46,7 @@ class CheckpointOptions:
     form: str = ""  # of questions: trained or published; empty: as the checkpoint says
     engine: str = "ours"  # or transformers or vllm; see docs/generation.md
     compile: bool = False  # steps through torch.compile; on a GPU
-    rounded: bool = False  # with parallel=: guesses of a copy of the trunk with weights of eight bits; the same result, on a CPU sooner
+    int8_draft: bool = False  # with parallel=: guesses of a copy of the trunk in int8; the same result, on a CPU sooner
     device: str = "cpu"
     dtype: str = ""  # float32 or bfloat16, of the decoder; empty: as it is stored
     threads: int = 1  # of tensor operations
@@ -406,7 +406,7 @@ def _opened(config: CheckpointOptions, *, bar: bool = True) -> Iterator[Pipeline
             text_tokenizer=config.text_tokenizer or None,
             engine=config.engine,
             compile=config.compile,
-            rounded=config.rounded,
+            int8_draft=config.int8_draft,
             form=config.form,
             say=progress.console.print,
             progress=lambda done, total: progress.update(task, completed=done, total=total),

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from emu3_vla.data.episodes import json_text, open_shard, read_array, read_manifest, shard_indices, write_shard_atomic, write_text_atomic
-from emu3_vla.documents import Segment, parse, write
+from emu3_vla.documents import Segment, Text, parse, write
 from emu3_vla.vocabulary import Vocabulary, load_vocabulary
 
 FORMAT, SHARD_FORMAT, SCHEMA = "emu3-vla-pairs", "emu3-vla-pair-shard", 1
@@ -42,6 +42,8 @@ class Written:
     def __post_init__(self):
         if not 0 <= self.given < len(self.segments):
             raise ValueError(f"{self.given} of {len(self.segments)} segments were given, expected fewer than there are")
+        if self.given and isinstance(self.segments[self.given - 1], Text) and isinstance(self.segments[self.given], Text):
+            raise ValueError("a text that was given stands before one that was written; read again they would be one")
 
     def document(self) -> list[Segment]:
         """Its segments, supervised where the model wrote them."""

@@ -1,8 +1,8 @@
 """Write one action chunk, where the grammar says what may come.
 
 Where the likeliest ids are taken, several are written in one pass: guesses stand as far as they are what would have been written one by
-one, and what the model says behind a wrong one is the next guess (Jacobi decoding, arXiv 2305.10427). A rounded copy of the trunk guesses
-better (emu3_vla.generation.rounded). The ids are the same.
+one, and what the model says behind a wrong one is the next guess (Jacobi decoding, arXiv 2305.10427). A copy of the trunk in int8 guesses
+better (speculative decoding; emu3_vla.generation.int8_draft). The ids are the same.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from emu3_vla.model import BlockEmu3ForCausalLM
 from emu3_vla.vocabulary import CompactVocabulary
 
 if TYPE_CHECKING:
-    from emu3_vla.generation.rounded import RoundedTrunk  # which imports Numba
+    from emu3_vla.generation.int8_draft import Int8Trunk  # which imports Numba
 
 # Guesses that go through the trunk beside an id. A row more is nearly free where reading the weights takes the time.
-WINDOW, ROUNDED_WINDOW = 7, 15
+WINDOW, DRAFT_WINDOW = 7, 15
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Chunk:
 
 
 class ActionWriter:
-    """Decodes chunks of one shape with one model. temperature 0 takes the likeliest id that is permitted. rounded: writes guesses."""
+    """Decodes chunks of one shape with one model. temperature 0 takes the likeliest id that is permitted. draft: writes guesses."""
 
     def __init__(
         self,
@@ -66,14 +66,14 @@ class ActionWriter:
         grammar: ActionGrammar,
         temperature: float = 0.0,
         *,
-        rounded: RoundedTrunk | None = None,
+        draft: Int8Trunk | None = None,
     ):
         if temperature < 0:
             raise ValueError(f"temperature is {temperature}, expected at least 0")
         start, end = vocabulary.action_start, vocabulary.end_of_chunk + 1
         self._head = Product(model.lm_head.weight[start:end])
         self._embeddings = model.model.embed_tokens.weight[start:end].detach()
-        self._grammar, self._temperature, self._rounded = grammar, temperature, rounded
+        self._grammar, self._temperature, self._draft = grammar, temperature, draft
         self._refused = torch.from_numpy(~grammar.mask_rows).to(self._embeddings.device)
 
     def write(self, sequence: CachedSequence, state_H: torch.Tensor, generator: torch.Generator | None = None) -> WrittenChunk:
@@ -121,8 +121,8 @@ class ActionWriter:
             unfinished = [number for number in unfinished if not self._grammar.is_finished(chunks[number].state)]
             if not unfinished:
                 return [WrittenChunk(chunk.ids, chunk.entropy, math.exp(chunk.log_probability)) for chunk in chunks]
-            if self._rounded and not self._temperature:
-                for number in unfinished:
+            for number in unfinished if self._draft and not self._temperature else ():
+                if chunks[number].prefix is None:
                     chunks[number].ahead = self._guessed(chunks[number], sequences[number])
             following = [self._embeddings[[chunks[number].ids[-1], *chunks[number].ahead]] for number in unfinished]
             states = sequences[0].trunk.extend_each([(sequences[number], rows) for number, rows in zip(unfinished, following, strict=True)])
@@ -175,10 +175,10 @@ class ActionWriter:
         chunk.ahead = self._permitted(chunk)
 
     def _guessed(self, chunk: Chunk, sequence: CachedSequence) -> list[int]:
-        """What the rounded trunk would write next, to the chunk's end or as far as the window goes."""
+        """What the draft would write next, to the chunk's end or as far as the window goes."""
         ahead, state, last = [], chunk.state, chunk.ids[-1]
-        while len(ahead) < ROUNDED_WINDOW and chunk.prefix is None:
-            states = self._rounded.extend([sequence], [sequence.length + len(ahead)], self._embeddings[[last]])
+        while len(ahead) < DRAFT_WINDOW:
+            states = self._draft.extend([sequence], [sequence.length + len(ahead)], self._embeddings[[last]])
             last = int(self._masked(self._logits(torch.stack(states)), [state]).argmax())
             state = self._grammar.advance(state, last)
             if self._grammar.is_finished(state):

@@ -28,7 +28,7 @@ from emu3_vla.generation.compiled import LONGEST, CompiledSteps
 from emu3_vla.generation.grammar import Block, Grammar, Item
 from emu3_vla.generation.items import Embedder, Prompt, items_of
 from emu3_vla.generation.pieces import free
-from emu3_vla.generation.requests import END, LENGTH, ROUNDED, STOP, Event, Request, RequestError, Result
+from emu3_vla.generation.requests import END, INT8, LENGTH, STOP, Event, Request, RequestError, Result
 from emu3_vla.vocabulary import Vocabulary
 
 
@@ -41,15 +41,15 @@ class EngineConfig:
     """rows: sequences at once; a request with guidance takes two. capacity: positions of each, prompt and answer.
 
     prefill: most positions of a prompt in one pass, which bounds how long others wait for their next item. compile: steps of few positions
-    through torch.compile (CUDA graphs on a GPU); the first of each shape takes a minute. rounded: hold a copy of the trunk with weights of
-    eight bits too, for guesses (Parallel(draft=ROUNDED)); for CPUs, where reading the weights takes the time.
+    through torch.compile (CUDA graphs on a GPU); the first of each shape takes a minute. int8_draft: hold a copy of the trunk with int8
+    weights too, for guesses (Parallel(draft=INT8)); for CPUs, where reading the weights takes the time.
     """
 
     rows: int = 4
     capacity: int = 2048
     prefill: int = 512
     compile: bool = False
-    rounded: bool = False
+    int8_draft: bool = False
 
     def __post_init__(self):
         for name in ("rows", "capacity", "prefill"):
@@ -178,7 +178,7 @@ class Run:
         """Guesses for the next pass: what was computed behind wrong guesses, then the draft; cut to what the grammar allows."""
         parallel, before = self.request.parallel, len(self.guesses)
         self.guesses = []
-        if self.finish or parallel is None or parallel.draft == ROUNDED:
+        if self.finish or parallel is None or parallel.draft == INT8:
             return
         self.rounds = self.rounds + 1 if before and computed else 0
         state = self._extend(self.state, computed)
@@ -219,11 +219,11 @@ class Engine:
         self.vocabulary, self.config = vocabulary, config
         self.trunk = CachedTrunk(model, packed=not config.compile)
         self.cache = self.trunk.cache(config.rows, config.capacity, slack=LONGEST if config.compile else 0)
-        self._rounded, self._guesser = None, None
-        if config.rounded:
-            from emu3_vla.generation.rounded import RoundedProduct, RoundedTrunk  # Numba takes a while to import
+        self._draft, self._guesser = None, None
+        if config.int8_draft:
+            from emu3_vla.generation.int8_draft import Int8Product, Int8Trunk  # Numba takes a while to import
 
-            self._rounded, self._guesser = RoundedTrunk(model), Chooser(model, product=RoundedProduct)
+            self._draft, self._guesser = Int8Trunk(model), Chooser(model, product=Int8Product)
         self._chooser, self._embed = Chooser(model, packed=not config.compile), Embedder(model)
         self._forward = self.trunk.extend_each
         if config.compile:
@@ -275,8 +275,8 @@ class Engine:
         grammar = request.grammar or self._free
         if len(prompts) > len(self._lanes):
             raise RequestError(f"guidance takes two rows of the cache, which has {len(self._lanes)}; make the engine with rows=2 or more")
-        if request.parallel and request.parallel.draft == ROUNDED and self._rounded is None:
-            raise RequestError(f"the request is to be guessed by the {ROUNDED} trunk; make the engine with rounded=True")
+        if request.parallel and request.parallel.draft == INT8 and self._draft is None:
+            raise RequestError(f"the request asks for {INT8} guesses; make the engine with int8_draft=True")
         if any(choice.place is not None for choice in grammar.choices) and not self._chooser.writes_blocks:
             raise RequestError("the grammar writes blocks of codes, but this model has no depth decoder")
         longest = self._longest(request, grammar, max(map(len, prompts)))
@@ -381,18 +381,18 @@ class Engine:
             if own:
                 items = run.accept([next(chosen) for _ in own])
                 events.append(Event(run.number, items, run.finish))
-            if own and not run.finish and run.request.parallel and run.request.parallel.draft == ROUNDED:
-                self._guess_rounded(run)
+            if own and not run.finish and run.request.parallel and run.request.parallel.draft == INT8:
+                self._guess_by_draft(run)
             if run.finish:
                 self._results[run.number] = Result(run.items, run.finish, run.forwards, self.vocabulary)
                 self._release(run)
         return events
 
-    def _guess_rounded(self, run: Run) -> None:
-        """Guesses of the rounded trunk, each behind those before it, as far as ids go: the codes of a block would cost as much again."""
+    def _guess_by_draft(self, run: Run) -> None:
+        """Guesses of the trunk in int8, each behind those before it, as far as ids go: the codes of a block would cost as much again."""
         starts, state = [lane.sequence.length for lane in run.lanes], run.state
         coming, read = list(run.lanes[0].pending), 0  # of all lanes alike
-        chooser = self._chooser if run.request.guidance else self._guesser  # guidance magnifies what is rounded
+        chooser = self._chooser if run.request.guidance else self._guesser  # guidance magnifies its errors
         while len(run.guesses) < run.most_guesses:
             choice = run.grammar.choice(state)
             if choice.place is not None:
@@ -400,7 +400,7 @@ class Engine:
             item = choice.only
             if item is None:
                 new = self._embed(coming[read:])
-                states = self._rounded.extend([lane.sequence for lane in run.lanes], starts, new)
+                states = self._draft.extend([lane.sequence for lane in run.lanes], starts, new)
                 starts, read = [start + len(new) for start in starts], len(coming)
                 (item,) = chooser.choose([run.ask(state, len(run.guesses), states)])
             state = run.grammar.advance(state, item)

@@ -28,9 +28,9 @@ class GeneratingEngine(Protocol):
 
 
 def open_engine(
-    name: str, checkpoint: Checkpoint, *, rows: int = 4, capacity: int = 2048, compile: bool = False, rounded: bool = False
+    name: str, checkpoint: Checkpoint, *, rows: int = 4, capacity: int = 2048, compile: bool = False, int8_draft: bool = False
 ) -> GeneratingEngine:
-    """An engine for a loaded checkpoint. rows, capacity, compile, rounded: see EngineConfig; vLLM plans its cache itself, from capacity.
+    """An engine for a loaded checkpoint. rows, capacity, compile, int8_draft: see EngineConfig; vLLM plans its cache itself, from capacity.
 
     Raises ValueError for an unknown name or a model that the engine does not serve.
     """
@@ -39,7 +39,7 @@ def open_engine(
     if name == "ours":
         from emu3_vla.generation.engine import Engine, EngineConfig
 
-        return Engine.of(checkpoint, EngineConfig(rows=rows, capacity=capacity, compile=compile, rounded=rounded))
+        return Engine.of(checkpoint, EngineConfig(rows=rows, capacity=capacity, compile=compile, int8_draft=int8_draft))
     if name == "transformers":
         from emu3_vla.generation.transformers_engine import TransformersEngine
 

@@ -11,7 +11,7 @@ from emu3_vla.generation.items import Prompt, ids_of
 from emu3_vla.generation.sampling import Guidance, Sampling
 from emu3_vla.vocabulary import Vocabulary
 
-ROUNDED = "rounded"
+INT8 = "int8"
 
 
 class RequestError(ValueError):
@@ -22,8 +22,8 @@ class RequestError(ValueError):
 class Parallel:
     """Several items a forward: guesses are verified together, and those that were right are kept.
 
-    window: most guesses verified at once. draft: where they come from; see emu3_vla.generation.drafts. ROUNDED: from the engine's copy of
-    the trunk with weights of eight bits, one after another (EngineConfig.rounded).
+    window: most guesses verified at once. draft: where they come from; see emu3_vla.generation.drafts. INT8: from the engine's copy of
+    the trunk with int8 weights, one after another (EngineConfig.int8_draft).
     lossy: None gives exactly what one-at-a-time decoding gives. A number: guesses that were computed anew so often, each from the guesses
     before it, count as right. Faster, and another distribution; what is written is still well-formed. 1 with a window of a whole chunk
     writes its ids in parallel.
@@ -38,8 +38,8 @@ class Parallel:
             raise RequestError(f"parallel.window is {self.window}, expected at least 1")
         if self.lossy is not None and self.lossy < 1:
             raise RequestError(f"parallel.lossy is {self.lossy}, expected at least 1 round, or None for exact results")
-        if isinstance(self.draft, str) and (self.draft != ROUNDED or self.lossy):
-            raise RequestError(f"parallel.draft is {self.draft!r}, expected a function, None, or {ROUNDED!r} and then lossy=None")
+        if isinstance(self.draft, str) and (self.draft != INT8 or self.lossy):
+            raise RequestError(f"parallel.draft is {self.draft!r}, expected a function, None, or {INT8!r} and then lossy=None")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

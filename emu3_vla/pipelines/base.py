@@ -21,7 +21,7 @@ from emu3_vla.generation.engine import PromptTooLong
 from emu3_vla.generation.engines import GeneratingEngine, open_engine
 from emu3_vla.generation.grammar import Grammar, Item
 from emu3_vla.generation.items import Prompt, ids_of, items_of
-from emu3_vla.generation.requests import ROUNDED, Event, Parallel, Request
+from emu3_vla.generation.requests import INT8, Event, Parallel, Request
 from emu3_vla.generation.sampling import Guidance, Sampling
 from emu3_vla.number_words import NumberWords
 from emu3_vla.pipelines.errors import LacksPart, PipelineError, WrongFrames, WrongPictures, WrongSize
@@ -71,7 +71,7 @@ class Written:
 class PipelineBase:
     """See emu3_vla.pipelines.Pipelines.
 
-    engine, compile, rounded: see emu3_vla.generation.engines; it is a rounded trunk's guesses that `Decoding.parallel` then verifies. rows:
+    engine, compile, int8_draft: see emu3_vla.generation.engines; it is the draft's guesses that `Decoding.parallel` then verifies. rows:
     sequences at once, at most. form: one of FORMS; empty: "trained" for what our `emu3-vla train` left, "published" for all else. say: is
     told in a sentence where a picture is resized. progress: is told, while something is written, how many ids of how many are done.
     """
@@ -82,7 +82,7 @@ class PipelineBase:
         *,
         engine: str = "ours",
         compile: bool = False,
-        rounded: bool = False,
+        int8_draft: bool = False,
         rows: int = 8,
         form: str = "",
         say: Callable[[str], None] | None = None,
@@ -98,7 +98,7 @@ class PipelineBase:
         self.progress = progress or (lambda _done, _total: None)
         self._say, self._said = say or (lambda _: None), set()
         self.published = (form or (TRAINED if checkpoint.provenance.get("command") == "train" else PUBLISHED)) == PUBLISHED
-        self._engine_name, self._options, self._most_rows = engine, {"compile": compile, "rounded": rounded}, rows
+        self._engine_name, self._options, self._most_rows = engine, {"compile": compile, "int8_draft": int8_draft}, rows
         self._engine: tuple[int, int, GeneratingEngine] | None = None  # rows, capacity
 
     # -- parts of the checkpoint
@@ -247,7 +247,7 @@ class PipelineBase:
         if decoding.guidance != 1:
             negative = prompt_of(self.texts(decoding.negative))
             guided = {"guidance": Guidance(scale=decoding.guidance), "negative": begun(negative)}
-        draft = ROUNDED if self._options["rounded"] else repeat_last
+        draft = INT8 if self._options["int8_draft"] else repeat_last
         parallel = Parallel(window=decoding.parallel, draft=draft) if decoding.parallel else None
         return Request(prompt=begun(prompt_of(text)), grammar=grammar, sampling=sampling, longest=longest, parallel=parallel, **guided)
 

@@ -16,7 +16,7 @@ from emu3_vla.generation.engine import Engine, EngineConfig, PromptTooLong
 from emu3_vla.generation.grammar import Grammar, Ids
 from emu3_vla.generation.items import PromptError
 from emu3_vla.generation.pieces import free, image_codes
-from emu3_vla.generation.requests import ROUNDED, Parallel, Request, RequestError
+from emu3_vla.generation.requests import INT8, Parallel, Request, RequestError
 from emu3_vla.generation.sampling import Guidance, Sampling
 from emu3_vla.vocabulary import Emu3Vocabulary
 
@@ -66,7 +66,7 @@ def test_parallel_decoding_gives_the_same(model):
                 assert all(result.forwards <= alone.forwards for result, alone in zip(results, expected, strict=True))
 
 
-def test_guesses_of_a_rounded_trunk_change_the_passes_alone(model):
+def test_guesses_of_an_int8_draft_change_the_passes_alone(model):
     """Greedy and drawn, with guidance and without, past ids that the grammar forces, and whatever comes before."""
     pytest.importorskip("numba")
     prompts, negative = _prompts(6, seed=1), _prompts(1, seed=2)[0]
@@ -78,13 +78,13 @@ def test_guesses_of_a_rounded_trunk_change_the_passes_alone(model):
             state = builder.after(state, Ids(7, 8))
         return state
 
-    engine = Engine(model, config=EngineConfig(rows=8, capacity=128, rounded=True))
+    engine = Engine(model, config=EngineConfig(rows=8, capacity=128, int8_draft=True))
     for sampling in (Sampling(), Sampling(temperature=0.7, top_k=50, top_p=0.9, seed=3)):
         for guidance in (None, Guidance(scale=2.5)):
             options = dict(sampling=sampling, guidance=guidance, negative=negative if guidance else None, grammar=Grammar(forced))
             expected = engine.generate([Request(prompt=prompt, **options) for prompt in prompts])
             for window in (1, 6, 40):
-                parallel = Parallel(window=window, draft=ROUNDED)
+                parallel = Parallel(window=window, draft=INT8)
                 results = engine.generate([Request(prompt=prompt, parallel=parallel, **options) for prompt in prompts])
                 assert [result.ids for result in results] == [result.ids for result in expected]
                 if window == 6:
@@ -92,16 +92,16 @@ def test_guesses_of_a_rounded_trunk_change_the_passes_alone(model):
                     assert passes < alone / 2, "most guesses are right"
 
 
-def test_rounded_guesses_without_numba_say_what_is_missing(model, monkeypatch):
+def test_an_int8_draft_without_numba_say_what_is_missing(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.delitem(sys.modules, "emu3_vla.generation.rounded", raising=False)
-    with pytest.raises(ImportError, match=r"rounded guesses need Numba: pip install 'emu3-vla\[rounded\]'"):
-        Engine(model, config=EngineConfig(capacity=64, rounded=True))
+    monkeypatch.delitem(sys.modules, "emu3_vla.generation.int8_draft", raising=False)
+    with pytest.raises(ValueError, match=r"int8 drafts need Numba: pip install 'emu3-vla\[int8\]'"):
+        Engine(model, config=EngineConfig(capacity=64, int8_draft=True))
 
 
-def test_a_rounded_trunk_is_nearly_the_trunk():
+def test_an_int8_draft_is_nearly_the_trunk():
     pytest.importorskip("numba")
-    from emu3_vla.generation.rounded import RoundedTrunk
+    from emu3_vla.generation.int8_draft import Int8Trunk
 
     for activation, key_heads in (("silu", 2), ("relu2", 4)):
         model = small_emu3.decoder(hidden_act=activation, num_key_value_heads=key_heads)
@@ -109,13 +109,13 @@ def test_a_rounded_trunk_is_nearly_the_trunk():
         embeddings = torch.randn(24, model.config.hidden_size)
         first, _, last = cache.sequences
         first.extend(embeddings[:20]), last.extend(embeddings[:11])
-        guessed = RoundedTrunk(model).extend([first, last], [20, 11], embeddings[20:])
+        guessed = Int8Trunk(model).extend([first, last], [20, 11], embeddings[20:])
         assert (first.length, last.length) == (20, 11)
         for sequence, state in zip((first, last), guessed, strict=True):
             exact = sequence.extend(embeddings[20:])[-1]
             assert torch.linalg.vector_norm(state - exact) < 0.03 * torch.linalg.vector_norm(exact)
-    with pytest.raises(ValueError, match="torch.bfloat16 on cpu; guesses of a rounded copy are for float32 on a CPU"):
-        RoundedTrunk(model.bfloat16())
+    with pytest.raises(ValueError, match="torch.bfloat16 on cpu; an int8 draft is for float32 on a CPU"):
+        Int8Trunk(model.bfloat16())
 
 
 def test_a_result_does_not_depend_on_its_batch(model):
@@ -280,9 +280,9 @@ def test_blocks_in_parallel_and_with_guidance(sampling):
 
 
 def test_refusals(model, engine):
-    with pytest.raises(RequestError, match="make the engine with rounded=True"):
-        engine.submit(Request(prompt=[5], parallel=Parallel(draft=ROUNDED)))
-    with pytest.raises(RequestError, match="parallel.draft is 'round', expected a function, None, or 'rounded'"):
+    with pytest.raises(RequestError, match="make the engine with int8_draft=True"):
+        engine.submit(Request(prompt=[5], parallel=Parallel(draft=INT8)))
+    with pytest.raises(RequestError, match="parallel.draft is 'round', expected a function, None, or 'int8'"):
         Parallel(draft="round")
     with pytest.raises(PromptTooLong, match="prompt has 129 positions, but the engine was made for 128"):
         engine.generate([Request(prompt=[5] * 129)])

@@ -241,12 +241,12 @@ def test_not_a_bit_of_an_answer_depends_on_who_else_is_asked(workers):
             assert own["probability"] == answers[-1]["probability"]
 
 
-def test_guesses_of_a_rounded_copy_change_no_answer(tiny_checkpoint):
+def test_guesses_of_an_int8_draft_change_no_answer(tiny_checkpoint):
     """Alone and together, and with the first actions committed."""
     pytest.importorskip("numba")
-    plain, rounded = Emu3Policy(tiny_checkpoint), Emu3Policy(tiny_checkpoint, rounded=True)
+    plain, drafted = Emu3Policy(tiny_checkpoint), Emu3Policy(tiny_checkpoint, int8_draft=True)
     answers = []
-    for policy in (plain, rounded):
+    for policy in (plain, drafted):
         sessions = policy.sessions(3)
         for session in sessions:
             session.reset("go left")

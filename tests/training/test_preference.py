@@ -157,6 +157,8 @@ def test_pairs_of_others_are_refused(tmp_path):
         Pair(chosen=_drawing(V, np.random.default_rng(0)), rejected=_drawing(V, np.random.default_rng(1)), scores=(1, 1))
     with pytest.raises(ValueError, match="3 of 3 segments were given"):
         Written(segments=[Begin(), Text([1]), End()], given=3)
+    with pytest.raises(ValueError, match="a text that was given stands before one that was written"):
+        Written(segments=[Begin(), Text([1]), Text([2])], given=2)
     with pytest.raises(ValueError, match="preference.beta=0"):
         PreferenceConfig(beta=0)
 

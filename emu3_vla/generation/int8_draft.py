@@ -1,7 +1,7 @@
-"""A copy of the trunk with weights of eight bits, for guesses.
+"""Speculative decoding with the model as its own draft: a copy of the trunk with int8 weights, for guesses.
 
-    rounded = RoundedTrunk(model)
-    (state_H,) = rounded.extend([sequence], [sequence.length], embeddings_nH)
+    draft = Int8Trunk(model)
+    (state_H,) = draft.extend([sequence], [sequence.length], embeddings_nH)
 
 One position costs a CPU what it costs to read the weights, and these are a quarter of the others. A guess need not be right, as the trunk
 itself verifies several of them in one pass: nothing that is written depends on the rounding.
@@ -24,28 +24,28 @@ from emu3_vla.generation.cache import CachedSequence, head_size
 try:
     from numba import njit
 except ImportError as error:
-    raise ImportError("rounded guesses need Numba: pip install 'emu3-vla[rounded]'") from error
+    raise ValueError("int8 drafts need Numba: pip install 'emu3-vla[int8]'") from error
 
 SILU, SQUARED_RELU = 0, 1
 ACTIVATIONS = {"silu": SILU, "relu2": SQUARED_RELU}
 
 
-class RoundedTrunk:
+class Int8Trunk:
     """The trunk of a decoder in float32 on a CPU. Its weights are copied. Raises ValueError for another."""
 
     def __init__(self, model: Emu3ForCausalLM):
         config, trunk = model.config, model.model
         kind = trunk.norm.weight
         if kind.device.type != "cpu" or kind.dtype != torch.float32:
-            raise ValueError(f"the decoder is {kind.dtype} on {kind.device}; guesses of a rounded copy are for float32 on a CPU")
+            raise ValueError(f"the decoder is {kind.dtype} on {kind.device}; an int8 draft is for float32 on a CPU")
         if config.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act is {config.hidden_act}, a rounded copy computes {' or '.join(ACTIVATIONS)}")
+            raise ValueError(f"hidden_act is {config.hidden_act}, an int8 draft computes {' or '.join(ACTIVATIONS)}")
         attentions, mlps = [layer.self_attn for layer in trunk.layers], [layer.mlp for layer in trunk.layers]
         self._weights = (
-            *_rounded([[each.q_proj.weight, each.k_proj.weight, each.v_proj.weight] for each in attentions]),
-            *_rounded([[each.o_proj.weight] for each in attentions]),
-            *_rounded([[each.gate_proj.weight, each.up_proj.weight] for each in mlps]),
-            *_rounded([[each.down_proj.weight] for each in mlps]),
+            *_quantized([[each.q_proj.weight, each.k_proj.weight, each.v_proj.weight] for each in attentions]),
+            *_quantized([[each.o_proj.weight] for each in attentions]),
+            *_quantized([[each.gate_proj.weight, each.up_proj.weight] for each in mlps]),
+            *_quantized([[each.down_proj.weight] for each in mlps]),
             _stacked([layer.input_layernorm.weight for layer in trunk.layers]),
             _stacked([layer.post_attention_layernorm.weight for layer in trunk.layers]),
             _stacked([trunk.norm.weight])[0],
@@ -72,13 +72,13 @@ class RoundedTrunk:
         _position(hidden, rows, ats, keys, values, self._frequencies, *self._shape, *self._weights)
 
 
-class RoundedProduct:
-    """x (N, inputs) @ weight (outputs, inputs), rounded; in the place of emu3_vla.generation.cache.Product."""
+class Int8Product:
+    """x (N, inputs) @ weight (outputs, inputs), in int8; in the place of emu3_vla.generation.cache.Product."""
 
     least_rows = 1
 
     def __init__(self, weight: torch.Tensor):
-        matrices, steps = _rounded([[weight]])
+        matrices, steps = _quantized([[weight]])
         self._matrix, self._steps = matrices[0], steps[0]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -91,7 +91,7 @@ def _stacked(weights: list[torch.Tensor]) -> np.ndarray:
     return np.stack([weight.detach().numpy() for weight in weights])
 
 
-def _rounded(layers: list[list[torch.Tensor]]) -> tuple[np.ndarray, np.ndarray]:
+def _quantized(layers: list[list[torch.Tensor]]) -> tuple[np.ndarray, np.ndarray]:
     """Of each layer the matrices that share an input, below each other: int8 (layers, outputs, inputs), and the step of each row."""
     matrices = np.stack([torch.cat([weight.detach() for weight in weights]).numpy() for weights in layers])
     steps = np.maximum(np.abs(matrices).max(axis=2), np.finfo(np.float32).tiny) / 127
