@@ -58,16 +58,6 @@ def ids_of(items: Sequence[Item], vocabulary: Vocabulary | None) -> list[int]:
     return ids
 
 
-def embed(model: BlockEmu3ForCausalLM, vocabulary: Vocabulary, segments: Sequence[Segment]) -> torch.Tensor:
-    """Embeddings of a document's positions: (n, H), <bos> first. Those of a part of it do not depend on the rest."""
-    layout = lay_out(segments, vocabulary)
-    embedded = model.model.embed_tokens.weight[torch.from_numpy(layout.ids).to(model.device)]
-    if len(layout.block_at):
-        codes, places = (torch.from_numpy(part).to(model.device) for part in (layout.codes, layout.places))
-        embedded[torch.from_numpy(layout.block_at).to(model.device)] = model.blocks(codes, places).to(embedded.dtype)
-    return embedded
-
-
 class Embedder:
     """Embeddings of items: (n, H)."""
 
@@ -84,3 +74,8 @@ class Embedder:
             places = torch.tensor([items[number].place for number in at], device=embedded.device)
             embedded[at] = self._blocks(codes, places).to(embedded.dtype)
         return embedded
+
+
+def embed(model: BlockEmu3ForCausalLM, vocabulary: Vocabulary, segments: Sequence[Segment]) -> torch.Tensor:
+    """Embeddings of a document's positions: (n, H), <bos> first. Those of a part of it do not depend on the rest."""
+    return Embedder(model)(items_of(segments, vocabulary, len(model.lm_head.weight)))
