@@ -60,6 +60,7 @@ class PolicySettings:
     history: past chunks shown when acting, at most those it was trained with. temperature: of the action ids; 0 takes the likeliest.
     state: fields of StateWords where the arm's state is said before its actions, as in training; else none.
     scene: fields of NumberWords where the model says what there is to see before its actions; else none.
+    scene_first: whether it also says, before it draws, films or foresees pictures, in these words and those of the state, what they show.
     actions: what an action of 1 is.
     """
 
@@ -71,8 +72,11 @@ class PolicySettings:
     actions: ActionUnits = field(default_factory=ActionUnits)
     state: dict[str, Any] | None = None
     scene: dict[str, Any] | None = None
+    scene_first: bool = False
 
     def __post_init__(self):
+        if self.scene_first and self.scene is None:
+            raise CheckpointError("scene_first is true, and scene does not say in which words")
         if self.state is not None:
             StateWords.of(self.state)
         if self.scene is not None:

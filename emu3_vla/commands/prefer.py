@@ -217,12 +217,18 @@ def _drawings(config: PreferConfig, rng: np.random.Generator):
 
     from emu3_vla.data.pairs import Written
     from emu3_vla.documents import Begin, End, Text
+    from emu3_vla.pipelines import Decoding, Pipelines
+    from emu3_vla.pipelines.drawing import foretold_ids
     from emu3_vla.training.drawing import draw
 
     checkpoint, frames, judge = _studio(config.policy, config.tokens)
+    model = Pipelines(checkpoint)
     generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
     for number in rng.integers(len(frames), size=config.situations_per_shard).tolist():
         ids, caption = frames[number]
+        # Pictures are compared, not what was foretold of them: that is the same for all.
+        foretold = foretold_ids(model, [Text(ids)], Decoding(temperature=config.temperature, seed=int(rng.integers(2**31))))
+        ids = [*ids, *foretold]
         answers = []
         for images in draw(checkpoint.model, checkpoint.vocabulary, [ids] * config.samples, config.temperature, generator):
             segments = [Begin(), Text(ids), *images, End()]

@@ -21,7 +21,8 @@ Look = Sequence[Segment]
 
 
 def captioned(caption: Sequence[Text], look: Look = ()) -> list[Segment]:
-    """What there is to see, then the pictures: caption → image. caption: one text, or none for the null prompt of guidance."""
+    """What there is to see, then the pictures: caption → image. caption: one text, or none for the null prompt of guidance. The look may
+    begin with what is foretold of it."""
     return [*caption, *look]
 
 
@@ -35,11 +36,17 @@ def asked(look: Look, texts: Iterable[Text]) -> list[Segment]:
     return [*look, *texts]
 
 
-def filmed(text: Sequence[Text], codes_FHW: np.ndarray, vocabulary: Vocabulary, camera: str) -> list[Segment]:
-    """A text, then one camera's frames in time: a video where the vocabulary has some, else one image after another."""
+def filmed(
+    text: Sequence[Text], codes_FHW: np.ndarray, vocabulary: Vocabulary, camera: str, foretold: Iterable[Sequence[Text]] = ()
+) -> list[Segment]:
+    """A text, then one camera's frames in time: a video where the vocabulary has some, else one image after another.
+
+    foretold: of each image what is said before it, where that is done.
+    """
     if isinstance(vocabulary, Emu3Vocabulary):
         return [*text, Video(codes_FHW)]
-    return [*text, *(Image(camera, codes) for codes in codes_FHW)]
+    frames = zip_longest(foretold, codes_FHW, fillvalue=())
+    return [*text, *(part for said, codes in frames for part in (*said, Image(camera, codes)))]
 
 
 def open_film(text: Sequence[Text], codes_FHW: np.ndarray, frames: int, vocabulary: Vocabulary, camera: str) -> list[Segment]:
@@ -50,7 +57,8 @@ def open_film(text: Sequence[Text], codes_FHW: np.ndarray, frames: int, vocabula
 
 
 def acted(instruction: Sequence[Text], looks: Sequence[Look], chunks: Sequence[ActionChunk]) -> list[Segment]:
-    """An instruction, pictures, actions, the pictures after them, actions, ...; as many chunks as looks, or one fewer."""
+    """An instruction, pictures, actions, the pictures after them, actions, ...; as many chunks as looks, or one fewer. A look that is to
+    be predicted may begin with what is foretold of it."""
     document: list[Segment] = [*instruction]
     for look, chunk in zip_longest(looks, chunks):
         document += [*look, *([chunk] if chunk is not None else [])]

@@ -77,6 +77,22 @@ def text(vocabulary: Vocabulary, *, least: int = 1, longest: int | None = None, 
     return build
 
 
+def numbers(vocabulary: Vocabulary, ids_SB: np.ndarray) -> Piece:
+    """Number words (emu3_vla.number_words): of each row of ids, int (S, bins), one."""
+    labels = []
+    for ids in ids_SB:
+        require(bool(vocabulary.is_text(ids).all()), "number words are text ids, and some of these are none")
+        start, stop = int(ids.min()), int(ids.max()) + 1
+        labels.append(Ids(start, stop, np.isin(np.arange(start, stop), ids)))
+
+    def build(builder: Builder, state: int) -> int:
+        for label in labels:
+            state = builder.after(state, label)
+        return state
+
+    return build
+
+
 def sentence(vocabulary: Vocabulary, ends: np.ndarray, *, without: Sequence[int] = ()) -> Piece:
     """Text ids until one of `ends`, int (n,), which is written too: an answer that ends with its only full stop. without: as of `text`."""
     label = _text_ids(vocabulary, tuple(without))

@@ -21,6 +21,7 @@ from emu3_vla.generation.engine import PromptTooLong
 from emu3_vla.generation.engines import GeneratingEngine, open_engine
 from emu3_vla.generation.grammar import Grammar, Item
 from emu3_vla.generation.items import Prompt, ids_of, items_of
+from emu3_vla.generation.pieces import Piece, numbers
 from emu3_vla.generation.requests import INT8, Event, Parallel, Request
 from emu3_vla.generation.sampling import Guidance, Sampling
 from emu3_vla.number_words import NumberWords
@@ -114,11 +115,25 @@ class PipelineBase:
     @cached_property
     def number_ids(self) -> tuple[int, ...]:
         """Text ids that stand for numbers alone: what a policy is told of its arm, and what it says that it sees. No words for people."""
-        settings, found = self.checkpoint.policy, []
-        for fields in (settings.state, settings.scene) if settings else ():
-            ids = NumberWords.of(fields).spelled(self.text.encode).single_ids() if fields else None
-            found += [] if ids is None else ids.flatten().tolist()
-        return tuple(found)
+        return tuple(index for ids in self._number_words if ids is not None for index in ids.flatten().tolist())
+
+    @cached_property
+    def foretold(self) -> tuple[Piece, ...]:
+        """Grammar of what the model says before pictures of what they will show; empty where it was not trained to."""
+        settings = self.checkpoint.policy
+        if settings is None or not settings.scene_first:
+            return ()
+        if any(ids is None for ids in self._number_words):
+            raise LacksPart(f"{self.checkpoint.folder} foretells its pictures in number words, which its text tokenizer has not as ids")
+        return tuple(numbers(self.vocabulary, ids) for ids in self._number_words)
+
+    @cached_property
+    def _number_words(self) -> list[np.ndarray | None]:
+        """Ids of the words of the arm's state and of what there is to see, as far as the policy has them: each (S, bins), or None where
+        a word takes several ids."""
+        settings = self.checkpoint.policy
+        parts = [fields for fields in (settings.state, settings.scene) if fields] if settings else []
+        return [NumberWords.of(fields).spelled(self.text.encode).single_ids() for fields in parts]
 
     @property
     def actions(self):

@@ -65,13 +65,22 @@ def drawn_grids(pipeline: PipelineBase, ratio: str = "", area: int = 0) -> tuple
 
 def draw_request(pipeline: PipelineBase, caption: list[Text], grids: Sequence[ImageGrid], decoding: Decoding, number: int = 0) -> Request:
     """To write pictures of these grids behind a caption."""
-    grammar = Grammar(sequence(*(image(pipeline.vocabulary, grid.rows, grid.columns, grid.name) for grid in grids)))
+    pictures = (image(pipeline.vocabulary, grid.rows, grid.columns, grid.name) for grid in grids)
+    grammar = Grammar(sequence(*pipeline.foretold, *pictures))
     return pipeline.request(forms.captioned, caption, grammar, decoding, number=number)
+
+
+def foretold_ids(pipeline: PipelineBase, caption: list[Text], decoding: Decoding) -> list[int]:
+    """What the model says behind a caption of what its pictures will show; nothing where it was not trained to."""
+    if not pipeline.foretold:
+        return []
+    request = pipeline.request(forms.captioned, caption, Grammar(sequence(*pipeline.foretold)), decoding)
+    return pipeline.run([request])[0].items
 
 
 def images_of(pipeline: PipelineBase, written: Written, grids: Sequence[ImageGrid]) -> list[Image]:
     """The images that a request wrote, whole, by their names, which Emu3's stream does not hold."""
-    images = parse(pipeline.stream_ids(written), pipeline.vocabulary)
+    images = [part for part in parse(pipeline.stream_ids(written), pipeline.vocabulary) if isinstance(part, Image)]
     return [replace(image, name=grid.name) for image, grid in zip(images, grids, strict=True)]
 
 

@@ -124,7 +124,7 @@ def film_request(pipeline: PipelineBase, text: list[Text], shown: np.ndarray, ne
     if isinstance(vocabulary, Emu3Vocabulary):
         piece = video_codes(vocabulary, new, rows, columns)
     else:
-        piece = sequence(*[image(vocabulary, rows, columns, camera)] * new)
+        piece = sequence(*[*pipeline.foretold, image(vocabulary, rows, columns, camera)] * new)
     return pipeline.request(
         lambda text: forms.open_film(text, shown, frames, vocabulary, camera), text, Grammar(piece), decoding, number=number
     )

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from emu3_vla.documents import ActionChunk, Image, Text, forms
+from emu3_vla.documents import ActionChunk, Image, Text, forms, parse
+from emu3_vla.documents.forms import Look
 from emu3_vla.generation.grammar import Grammar
 from emu3_vla.generation.pieces import image, sequence
 from emu3_vla.generation.requests import Request
-from emu3_vla.pipelines.base import Decoding, Picture, Pictures, PipelineBase
+from emu3_vla.pipelines.base import Decoding, Picture, Pictures, PipelineBase, Written
 from emu3_vla.pipelines.drawing import images_of
 from emu3_vla.pipelines.errors import LacksPart, WrongActions
 
@@ -36,16 +37,28 @@ def imagine(
     texts, look = pipeline.texts(instruction, "instruction"), pipeline.look(pictures)
     if not pipeline.cameras:
         raise LacksPart(f"{pipeline.checkpoint.folder} names no cameras, so it was not trained to act on their pictures")
-    looks: list[Sequence[Image]] = [look]
+    looks: list[Look] = [look]
     remembered = max(1, pipeline.checkpoint.policy.trained_history)
     done = 0
     for number in range(len(chunks)):
         first = max(0, number + 1 - remembered)
-        request = world_request(pipeline, texts, looks[first:], chunks[first : number + 1], decoding, number)
+        seen = [pictures_in(looks[first]), *looks[first + 1 :]]  # of the first, nothing was foretold in training
+        request = world_request(pipeline, texts, seen, chunks[first : number + 1], decoding, number)
         (written,) = pipeline.run([request], done=done, total=request.grammar.longest * len(chunks))
         done += len(written.items)
-        looks.append(images_of(pipeline, written, pipeline.cameras))
-    return [pipeline.shown(look) for look in looks[1:]]
+        looks.append(foreseen_look(pipeline, written))
+    return [pipeline.shown(pictures_in(look)) for look in looks[1:]]
+
+
+def foreseen_look(pipeline: PipelineBase, written: Written) -> Look:
+    """What a request of `world_request` wrote: images, and before them what was foretold of them."""
+    said = [part for part in parse(pipeline.stream_ids(written), pipeline.vocabulary) if isinstance(part, Text)]
+    return [*said, *images_of(pipeline, written, pipeline.cameras)]
+
+
+def pictures_in(look: Look) -> list[Image]:
+    """Its images."""
+    return [part for part in look if isinstance(part, Image)]
 
 
 def action_ids(pipeline: PipelineBase, actions: np.ndarray) -> list[list[int]]:
@@ -67,12 +80,12 @@ def action_ids(pipeline: PipelineBase, actions: np.ndarray) -> list[list[int]]:
 def world_request(
     pipeline: PipelineBase,
     instruction: list[Text],
-    looks: Sequence[Sequence[Image]],
+    looks: Sequence[Look],
     chunks: Sequence[ActionChunk],
     decoding: Decoding,
     number: int = 0,
 ) -> Request:
     """To write what all cameras see after the last chunk: as many looks as chunks."""
-    grids = {image.name: image.codes.shape for image in looks[-1]}
-    grammar = Grammar(sequence(*(image(pipeline.vocabulary, *shape, name) for name, shape in grids.items())))
+    pictures = (image(pipeline.vocabulary, *one.codes.shape, one.name) for one in pictures_in(looks[-1]))
+    grammar = Grammar(sequence(*pipeline.foretold, *pictures))
     return pipeline.request(lambda text: forms.acted(text, looks, chunks), instruction, grammar, decoding, number=number)

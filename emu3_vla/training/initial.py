@@ -59,8 +59,9 @@ def new_model(config: TrainConfig, source: Source) -> BlockEmu3ForCausalLM | Pla
     return model
 
 
-def sized_as_init_from(config: TrainConfig) -> TrainConfig:
-    """The configuration with the model's sizes from the checkpoint that training starts from; as it is where that is none.
+def as_init_from(config: TrainConfig) -> TrainConfig:
+    """The configuration with what the checkpoint that training starts from brings: the model's sizes, and whether it foretells its
+    pictures. As it is where that is none.
 
     Raises ValueError for a size that was asked for and that the checkpoint does not have, and what a damaged checkpoint raises.
     """
@@ -71,7 +72,9 @@ def sized_as_init_from(config: TrainConfig) -> TrainConfig:
     for name, size in found.items():
         if asked[name] not in (size, usual[name]):
             raise ValueError(f"model.{name}={asked[name]}, but init_from={config.init_from} has {size}; leave model.{name} out")
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **found))
+    settings = find_folder(config.init_from) / checkpoint.POLICY
+    scene_first = config.scene_first or (settings.is_file() and checkpoint.read_policy(settings).scene_first)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **found), scene_first=scene_first)
 
 
 def left_unsaid(config: TrainConfig) -> str:

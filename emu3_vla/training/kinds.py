@@ -10,6 +10,9 @@
     interleave  instruction, then moments in order: what there is to see, and its picture
 
 What there is to see is the answer to the first question that the token store holds about a frame; see emu3_vla.data.tokenize.Questioner.
+With `scene_first` the pictures of draw, film and world that the model is to make are foretold: before them it says in number words where
+the arm will be and what there will be to see, and draws what it said. Where things go is then learnt as words, which a small model learns
+soon, and how they look from any of these documents.
 Texts, images and actions are supervised unless they are given when the model works; a stage's loss says which kinds of tokens count.
 """
 
@@ -23,7 +26,7 @@ import numpy as np
 from emu3_vla.documents import ActionChunk, End, Image, Segment, Text, forms
 from emu3_vla.number_words import SpelledNumbers
 from emu3_vla.training.stream import FELT, TokenizedEpisode, asked_texts, documents_of, images_of, look_at, need_scenes, said
-from emu3_vla.vocabulary import Vocabulary
+from emu3_vla.vocabulary import Emu3Vocabulary, Vocabulary
 from envs.spec import RGB_STATIC
 
 CAPTION = 0
@@ -36,7 +39,7 @@ class Material:
 
     texts: ids of each task's wordings. horizon: control steps of a chunk. chunks, moments, questions: most of each in a document.
     states: how the arm's state is said before each chunk of `act`, where it is. scenes: how what there is to see is said behind it, as a
-    target, in `scene_fraction` of those documents.
+    target, in `scene_fraction` of those documents. scene_first: both are said before pictures, too.
     """
 
     episodes: Sequence[TokenizedEpisode]
@@ -49,9 +52,15 @@ class Material:
     states: SpelledNumbers | None = None
     scenes: SpelledNumbers | None = None
     scene_fraction: float = 0.0
+    scene_first: bool = False
 
     def __post_init__(self):
         need_scenes(self.scene_fraction, self.scenes)
+        if self.scene_first and (self.scenes is None or isinstance(self.vocabulary, Emu3Vocabulary)):
+            raise ValueError(
+                "scene_first=true says before a picture what it will show: it needs a token store that knows it (tokenize with "
+                "scene=envs.calvin.scene_numbers:SceneNumbers) and pictures in blocks, which Emu3's own vocabulary has not"
+            )
 
 
 @dataclass(frozen=True)
@@ -122,7 +131,8 @@ def _text(material: Material, episode: TokenizedEpisode, frames: tuple[int, ...]
 
 
 def _draw(material: Material, episode: TokenizedEpisode, frames: tuple[int, ...], random: np.random.Generator) -> list[Segment]:
-    return [*forms.captioned([_caption(episode, frames[0])], images_of(episode, frames[0])), End()]
+    look = [*_foretold(material, episode, frames[0]), *images_of(episode, frames[0])]
+    return [*forms.captioned([_caption(episode, frames[0])], look), End()]
 
 
 def _describe(material: Material, episode: TokenizedEpisode, frames: tuple[int, ...], random: np.random.Generator) -> list[Segment]:
@@ -131,12 +141,17 @@ def _describe(material: Material, episode: TokenizedEpisode, frames: tuple[int, 
 
 def _film(material: Material, episode: TokenizedEpisode, frames: tuple[int, ...], random: np.random.Generator) -> list[Segment]:
     instruction, codes = _instruction(material, episode, random), episode.static_codes[list(frames)]
-    return [*forms.filmed([instruction], codes, material.vocabulary, RGB_STATIC), End()]
+    # The first frames may be given; of those nothing is said.
+    given = int(random.integers(len(frames))) if material.scene_first else len(frames)
+    foretold = [[] if number < given else _foretold(material, episode, frame) for number, frame in enumerate(frames)]
+    return [*forms.filmed([instruction], codes, material.vocabulary, RGB_STATIC, foretold), End()]
 
 
 def _world(material: Material, episode: TokenizedEpisode, frames: tuple[int, ...], random: np.random.Generator) -> list[Segment]:
     instruction = _instruction(material, episode, random, supervised=False)
-    looks = [images_of(episode, frame, supervised=number > 0) for number, frame in enumerate(frames)]
+    now, *later = frames
+    after = [[*_foretold(material, episode, frame), *images_of(episode, frame)] for frame in later]
+    looks = [images_of(episode, now, supervised=False), *after]
     chunks = [ActionChunk(episode.action_ids[frame], supervised=False) for frame in frames[:-1]]
     return [*forms.acted([instruction], looks, chunks), End()]
 
@@ -166,9 +181,19 @@ def _instruction(material: Material, episode: TokenizedEpisode, random: np.rando
     return Text(wordings[random.integers(len(wordings))], supervised=supervised)
 
 
+def _foretold(material: Material, episode: TokenizedEpisode, frame: int) -> list[Segment]:
+    """What pictures will show, in number words; nothing where that is not said before them."""
+    if not material.scene_first:
+        return []
+    return [*said(material.states, episode.state_FS, frame), *said(material.scenes, episode.scene_FS, frame)]
+
+
 def _caption(episode: TokenizedEpisode, frame: int) -> Text:
     return Text(episode.asked.pair(frame, CAPTION)[1])
 
+
+PICTURED = frozenset({"draw", "film", "world"})
+"""Kinds whose pictures may be foretold."""
 
 KINDS: dict[str, Kind] = {
     "text": Kind(_each_frame, _text),

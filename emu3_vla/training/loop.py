@@ -38,7 +38,7 @@ from emu3_vla.model import BlockEmu3ForCausalLM
 from emu3_vla.training import depth_only, preference, processes, sharded_state, state, team
 from emu3_vla.training import figures as figures_of
 from emu3_vla.training.figures import Figures, LossConfig
-from emu3_vla.training.initial import left_unsaid, outline, sized_as_init_from
+from emu3_vla.training.initial import as_init_from, left_unsaid, outline
 from emu3_vla.training.initial import new_model as _new_model
 from emu3_vla.training.mixture import MixtureConfig
 from emu3_vla.training.optimizer import FlatAdamW, OptimizerConfig
@@ -115,6 +115,7 @@ class TrainConfig:
     asked_fraction: float = 0.0  # of the documents, that are two images and questions about them instead of acting
     questions: int = 6  # of such a document
     scene_fraction: float = 0.0  # of the acting documents, that say what there is to see before each chunk; above 0 the policy does
+    scene_first: bool = False  # say before drawn, filmed and foreseen pictures what they will show; init_from brings it
     history: int = -1  # past chunks that the policy shows when acting; -1: chunks - 1
     temperature: float = 0.0  # of the policy's action ids when acting; 0: the likeliest
     processes: int = 1  # one thread each
@@ -203,6 +204,8 @@ class TrainConfig:
             raise ValueError(f"asked_fraction={self.asked_fraction} is of the acting stream; in a mixture it is mixture.ask")
         if self.scene_fraction and (preferred or (mixed and not self.mixture.act)):
             raise ValueError(f"scene_fraction={self.scene_fraction} is of documents that act, and there are none: give mixture.act, or 0")
+        if self.scene_first and self.mixture.act and not self.scene_fraction:
+            raise ValueError("scene_first=true: a model that foretells pictures also says what it sees when it acts; give scene_fraction")
         if preferred and not self.init_from:
             raise ValueError("preferences are learnt against the weights that training starts from: name a checkpoint folder in init_from")
         if not 0 <= self.context <= self.model.max_position_embeddings:
@@ -249,7 +252,7 @@ def main(config: TrainConfig) -> None:
     """Train, or go on where an earlier call with the same output_dir was cut off. Prints the checkpoint folder."""
     if config.compile and not (shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")):
         raise ValueError("compile=true needs a C++ compiler, and none of g++, clang++, c++ is on the path; use compile=false")
-    config = sized_as_init_from(config)
+    config = as_init_from(config)
     if lost := left_unsaid(config):
         print(lost)
     source = open_source(config.tokens, config.model.block_size)  # a wrong path ends here, not in a child process
@@ -440,7 +443,8 @@ def _export(
         action_dim=source.action_dim,
         temperature=config.temperature,
         state=source.store.metadata.get("state"),
-        scene=source.store.metadata.get("scene") if config.scene_fraction else None,
+        scene=source.store.metadata.get("scene") if config.scene_fraction or config.scene_first else None,
+        scene_first=config.scene_first,
         actions=source.units,
     )
     if config.only_depth:

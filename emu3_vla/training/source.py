@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from emu3_vla.data.tokens import MANIFEST, TEXT, TokenizedEpisode, TokenStore, text_tokenizer
 from emu3_vla.number_words import NumberWords, SpelledNumbers
-from emu3_vla.training.kinds import Material
+from emu3_vla.training.kinds import PICTURED, Material
 from emu3_vla.training.mixture import MixtureStream
 from emu3_vla.training.stream import DocumentStream, encoded_wordings
 from emu3_vla.vocabulary import CODEBOOK_SIZE, TEXT_SIZE, CompactVocabulary, Emu3Vocabulary, ImageGrid, Vocabulary, VocabularyError
@@ -80,6 +80,7 @@ class Source:
             states=self.states(),
             scenes=self.scenes(),
             scene_fraction=config.scene_fraction,
+            scene_first=config.scene_first and bool(PICTURED & config.mixture.shares().keys()),
         )
         return MixtureStream(material, config.mixture.shares(), context=config.context, rows=config.batch_size, seed=config.seed)
 

@@ -14,6 +14,7 @@ from emu3_vla.generation.engine import PromptTooLong
 from emu3_vla.pipelines import Decoding, asking, base, filming, imagining
 from emu3_vla.training.kinds import Material, anchors_of
 from emu3_vla.training.kinds import write as train_document
+from emu3_vla.training.mixture import MixtureConfig
 from emu3_vla.training.stream import encoded_wordings
 from emu3_vla.vocabulary import Emu3Vocabulary
 from envs.spec import RGB_GRIPPER, RGB_STATIC
@@ -29,6 +30,20 @@ def compact(tiny_checkpoint):
 @pytest.fixture(scope="module")
 def asked_store(tmp_path_factory):
     return tiny_tokens.tiny_store(tmp_path_factory.mktemp("asked"), shards=1, episodes_per_shard=2, asked=True)
+
+
+@pytest.fixture(scope="module")
+def felt_store(tmp_path_factory):
+    """Of which the arm's state and what there is to see are known too."""
+    return tiny_tokens.tiny_store(tmp_path_factory.mktemp("felt"), shards=2, episodes_per_shard=2, asked=True, felt=True)
+
+
+@pytest.fixture(scope="module")
+def foretelling(felt_store, tmp_path_factory):
+    """Says what its pictures will show, before it makes them."""
+    options = {"steps": 2, "context": 448, "validation_fraction": 0.5, "scene_first": True}
+    options["mixture"] = MixtureConfig(draw=1, film=1, world=1)
+    return pipelines.load(tiny_tokens.train(felt_store.path, tmp_path_factory.mktemp("foretelling"), **options))
 
 
 @pytest.fixture(scope="module")
@@ -384,15 +399,28 @@ def test_other_engines_write_the_same(published_folder, published):
 
 @pytest.mark.parametrize("kind", ["draw", "describe", "film", "world", "ask", "interleave"])
 def test_prompts_are_the_beginnings_of_training_documents(kind, compact, asked_store, monkeypatch):
+    _check_prompt(kind, compact, asked_store, {}, monkeypatch)
+
+
+@pytest.mark.parametrize("kind", ["draw", "film", "world"])
+def test_what_is_foretold_stands_where_it_stood_in_training(kind, foretelling, felt_store, monkeypatch):
+    encode = foretelling.text.encode
+    words = {"states": tiny_tokens.STATE.spelled(encode), "scenes": tiny_tokens.SCENE.spelled(encode), "scene_first": True}
+    _check_prompt(kind, foretelling, felt_store, words, monkeypatch)
+
+
+def _check_prompt(kind, model, store, words, monkeypatch):
     """What the pipeline asks is, id for id, how a training document of that kind begins, and its grammar takes what follows."""
-    vocabulary, episodes = compact.vocabulary, asked_store.episodes()
-    texts = encoded_wordings(episodes, asked_store.metadata["wordings"], compact.text.encode)
-    material = Material(episodes=episodes, texts=texts, vocabulary=vocabulary, horizon=10, chunks=2, moments=3, questions=1)
-    document = train_document(kind, material, anchors_of(kind, material)[0], np.random.default_rng(0))
+    vocabulary, episodes = model.vocabulary, store.episodes()
+    texts = encoded_wordings(episodes, store.metadata["wordings"], model.text.encode)
+    material = Material(episodes=episodes, texts=texts, vocabulary=vocabulary, horizon=10, chunks=2, moments=3, questions=1, **words)
+    documents = (train_document(kind, material, anchors_of(kind, material)[0], np.random.default_rng(seed)) for seed in range(20))
+    # Of a film that is foretold, as many frames are given as chance has it; the request below gives one.
+    document = next(document for document in documents if kind != "film" or isinstance(document[1], Image))
     asked = []
-    monkeypatch.setattr(compact, "run", lambda requests, **_: asked.extend(requests) or [base.Written([], "end")])
-    monkeypatch.setattr(compact, "events", lambda requests: asked.extend(requests) or iter(()))
-    _request_like(kind, compact, document)
+    monkeypatch.setattr(model, "run", lambda requests, **_: asked.extend(requests) or [base.Written([], "end")])
+    monkeypatch.setattr(model, "events", lambda requests: asked.extend(requests) or iter(()))
+    _request_like(kind, model, document)
     prompt, whole = write(asked[0].prompt, vocabulary), write([base.Begin(), *document], vocabulary)
     assert len(prompt) < len(whole) and prompt.tolist() == whole[: len(prompt)].tolist()
     items = base.items_of(parse(whole, vocabulary), vocabulary, vocabulary.head_size)
@@ -404,6 +432,36 @@ def test_prompts_are_the_beginnings_of_training_documents(kind, compact, asked_s
             break
         state = grammar.advance(state, item)
     assert grammar.is_final(state)
+
+
+def test_pictures_are_foretold_in_words(foretelling, monkeypatch):
+    """Every path draws behind the words that it wrote, and what is foreseen next stands on them; the oldest look has none in training."""
+    requests, run = [], foretelling.run
+    monkeypatch.setattr(foretelling, "run", lambda asked, **options: requests.extend(asked) or run(asked, **options))
+    pictures = _pictures()
+    assert set(foretelling.draw("goes.", decoding=DRAWN)[0]) == {RGB_STATIC, RGB_GRIPPER}
+    assert foretelling.extend(pictures[RGB_STATIC][None], frames=3, text="go left").shape == (3, 128, 128, 3)
+    requests.clear()
+    actions = np.zeros((4, tiny_tokens.HORIZON, 7))
+    actions[..., [0, 1, 6]] = 0.3, 0.2, 1
+    assert len(foretelling.imagine("go left", pictures, actions)) == 4
+    words = len(foretelling.number_ids) and len(tiny_tokens.STATE.names) + len(tiny_tokens.SCENE.names)
+    for number, request in enumerate(requests):
+        look = request.prompt[2:]
+        foretold = [part for part in look if isinstance(part, base.Text)]
+        assert isinstance(look[0], Image) and len(foretold) == min(number, 1), "two are remembered"
+        assert all(len(part.ids) == words and set(part.ids) <= set(foretelling.number_ids) for part in foretold)
+
+
+def test_a_foretelling_checkpoint_stays_one(foretelling, felt_store, tiny_store, tmp_path):
+    told = {"init_from": str(foretelling.checkpoint.folder), "steps": 1, "validation_fraction": 0.5}
+    again = tiny_tokens.train(felt_store.path, tmp_path / "again", context=448, mixture=MixtureConfig(draw=1), **told)
+    assert pipelines.load(again).foretold
+    mixture = MixtureConfig(draw=1, act=1)
+    with pytest.raises(ValueError, match="says what it sees when it acts; give scene_fraction"):
+        tiny_tokens.config(felt_store.path, tmp_path, context=448, scene_first=True, mixture=mixture)
+    with pytest.raises(ValueError, match="scene_first=true says before a picture what it will show: it needs a token store that knows"):
+        tiny_tokens.train(tiny_store.path, tmp_path / "unknown", context=448, scene_first=True, mixture=MixtureConfig(film=1), steps=1)
 
 
 def _request_like(kind: str, model, document) -> None:

@@ -75,21 +75,21 @@ def test_places_of_larger_images_are_stretched(tiny_store, tiny_checkpoint, tmp_
 
 def test_the_models_sizes_come_with_the_checkpoint(tiny_store, tiny_checkpoint, tmp_path):
     usual = tiny_tokens.config(tiny_store.path, tmp_path, init_from=str(tiny_checkpoint))
-    sized = initial.sized_as_init_from(dataclasses.replace(usual, model=ModelSizes(dropout=0.1, hidden_size=64)))
+    sized = initial.as_init_from(dataclasses.replace(usual, model=ModelSizes(dropout=0.1, hidden_size=64)))
     assert sized.model == dataclasses.replace(usual.model, dropout=0.1), "what only training has is the run's own"
     initial.new_model(sized, open_source(sized.tokens, sized.model.block_size))
     with pytest.raises(ValueError, match="model.hidden_size=96, but init_from=.* has 64; leave model.hidden_size out"):
-        initial.sized_as_init_from(dataclasses.replace(usual, model=ModelSizes(hidden_size=96, num_attention_heads=2)))
+        initial.as_init_from(dataclasses.replace(usual, model=ModelSizes(hidden_size=96, num_attention_heads=2)))
     unnamed = dataclasses.replace(usual, init_from="")
-    assert initial.sized_as_init_from(unnamed) is unnamed
+    assert initial.as_init_from(unnamed) is unnamed
 
 
 def test_a_shipped_checkpoint_is_started_from_by_its_name(tmp_path):
-    sized = initial.sized_as_init_from(TrainConfig(tokens=str(tmp_path), init_from="calvin-d"))
+    sized = initial.as_init_from(TrainConfig(tokens=str(tmp_path), init_from="calvin-d"))
     stated = load("calvin-d").model.config
     assert sized.model.block_hidden == stated.block_hidden and sized.model.hidden_size == stated.hidden_size
     with pytest.raises(FileNotFoundError, match="calvin-e is not a folder; .* the name of a shipped one"):
-        initial.sized_as_init_from(TrainConfig(tokens=str(tmp_path), init_from="calvin-e"))
+        initial.as_init_from(TrainConfig(tokens=str(tmp_path), init_from="calvin-e"))
 
 
 def test_an_older_depth_decoder_is_widened_and_writes_the_same(tiny_store, tmp_path):
