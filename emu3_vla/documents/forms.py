@@ -65,6 +65,6 @@ def acted(instruction: Sequence[Text], looks: Sequence[Look], chunks: Sequence[A
     return document
 
 
-def interleaved(instruction: Sequence[Text], moments: Iterable[tuple[Text, Image]] = ()) -> list[Segment]:
-    """An instruction, then moments in order: what there is to see, and its picture."""
+def interleaved(instruction: Sequence[Text], moments: Iterable[Sequence[Segment]] = ()) -> list[Segment]:
+    """An instruction, then moments in order: what there is to see, what is foretold of its picture where that is done, and the picture."""
     return [*instruction, *(part for moment in moments for part in moment)]

@@ -49,7 +49,8 @@ def interleave(
     texts = pipeline.texts(instruction, "instruction")
     grid = drawn_grids(pipeline, ratio, area)[0]
     vocabulary = pipeline.vocabulary
-    moment = sequence(text(vocabulary, longest=step_text), image(vocabulary, grid.rows, grid.columns, grid.name))
+    said = text(vocabulary, longest=step_text, without=pipeline.number_ids)
+    moment = sequence(said, *pipeline.foretold, image(vocabulary, grid.rows, grid.columns, grid.name))
     grammar = Grammar(sequence(repeat(moment, 1, steps), literal(vocabulary.eos)))
     return _steps(pipeline, pipeline.request(forms.interleaved, texts, grammar, decoding), grid)
 
@@ -57,14 +58,15 @@ def interleave(
 def _steps(pipeline: PipelineBase, request: Request, grid: ImageGrid) -> Iterator[Step]:
     vocabulary = pipeline.vocabulary
     length = Grammar(image(vocabulary, grid.rows, grid.columns, grid.name)).longest
-    begin, waiting, done = vocabulary.begin_image(grid.name), [], 0
+    begin, numbers, waiting, done = vocabulary.begin_image(grid.name), set(pipeline.number_ids), [], 0
     for event in pipeline.events([request]):
         done += len(event.items)
         pipeline.progress(done, request.grammar.longest)
         waiting += event.items
         while (at := _found(waiting, begin)) is not None and len(waiting) >= at + length:
             (picture,) = parse(ids_of(waiting[at : at + length], vocabulary), vocabulary)
-            yield Step(pipeline.text.decode(waiting[:at]), pipeline.pixels(picture.codes[None])[0])
+            words = [index for index in waiting[:at] if index not in numbers]
+            yield Step(pipeline.text.decode(words), pipeline.pixels(picture.codes[None])[0])
             del waiting[: at + length]
 
 

@@ -10,9 +10,9 @@
     interleave  instruction, then moments in order: what there is to see, and its picture
 
 What there is to see is the answer to the first question that the token store holds about a frame; see emu3_vla.data.tokenize.Questioner.
-With `scene_first` the pictures of draw, film and world that the model is to make are foretold: before them it says in number words where
-the arm will be and what there will be to see, and draws what it said. Where things go is then learnt as words, which a small model learns
-soon, and how they look from any of these documents.
+With `scene_first` the pictures of draw, film, world and interleave that the model is to make are foretold: before them it says in number
+words where the arm will be and what there will be to see, and draws what it said. Where things go is then learnt as words, which a small
+model learns soon, and how they look from any of these documents.
 Texts, images and actions are supervised unless they are given when the model works; a stage's loss says which kinds of tokens count.
 """
 
@@ -59,7 +59,8 @@ class Material:
         if self.scene_first and (self.scenes is None or isinstance(self.vocabulary, Emu3Vocabulary)):
             raise ValueError(
                 "scene_first=true says before a picture what it will show: it needs a token store that knows it (tokenize with "
-                "scene=envs.calvin.scene_numbers:SceneNumbers) and pictures in blocks, which Emu3's own vocabulary has not"
+                "scene=envs.calvin.scene_numbers:SceneNumbers) and pictures in blocks, which Emu3's own vocabulary has not; "
+                "or give scene_first=false"
             )
 
 
@@ -172,7 +173,9 @@ def _act(material: Material, episode: TokenizedEpisode, frames: tuple[int, ...],
 
 
 def _interleave(material: Material, episode: TokenizedEpisode, frames: tuple[int, ...], random: np.random.Generator) -> list[Segment]:
-    moments = [(_caption(episode, frame), Image(RGB_STATIC, episode.static_codes[frame])) for frame in frames]
+    moments = [
+        [_caption(episode, frame), *_foretold(material, episode, frame), Image(RGB_STATIC, episode.static_codes[frame])] for frame in frames
+    ]
     return [*forms.interleaved([_instruction(material, episode, random)], moments), End()]
 
 
@@ -192,7 +195,7 @@ def _caption(episode: TokenizedEpisode, frame: int) -> Text:
     return Text(episode.asked.pair(frame, CAPTION)[1])
 
 
-PICTURED = frozenset({"draw", "film", "world"})
+PICTURED = frozenset({"draw", "film", "world", "interleave"})
 """Kinds whose pictures may be foretold."""
 
 KINDS: dict[str, Kind] = {

@@ -36,7 +36,7 @@ def test_a_policy_is_made_as_the_shipped_one_was(run, tmp_path):
     run("tokenize", "output_dir=all_tokens", "episodes=[seen_D,driven]", "checkpoint=first/policy", *SAID)
     run("train", "output_dir=second", "tokens=all_tokens", "init_from=first/policy", "optimizer.muon_learning_rate=0.005", *TAUGHT)
     sizes = ("model.code_dim=8", "model.block_hidden=512")  # the first training's
-    joint = ("preset=stage/joint,stage/debug", "tokens=all_tokens", "init_from=second/policy", "scene_fraction=0.85", *sizes)
+    joint = ("preset=stage/joint,stage/debug", "tokens=all_tokens", "init_from=second/policy", *sizes)
     assert cli.main(["train", "output_dir=joint", *joint]) == 0
     depth = ("preset=stage/depth,stage/debug", "tokens=all_tokens", "init_from=joint/policy", *sizes)
     assert cli.main(["train", "output_dir=depth", *depth]) == 0

@@ -402,7 +402,7 @@ def test_prompts_are_the_beginnings_of_training_documents(kind, compact, asked_s
     _check_prompt(kind, compact, asked_store, {}, monkeypatch)
 
 
-@pytest.mark.parametrize("kind", ["draw", "film", "world"])
+@pytest.mark.parametrize("kind", ["draw", "film", "world", "interleave"])
 def test_what_is_foretold_stands_where_it_stood_in_training(kind, foretelling, felt_store, monkeypatch):
     encode = foretelling.text.encode
     words = {"states": tiny_tokens.STATE.spelled(encode), "scenes": tiny_tokens.SCENE.spelled(encode), "scene_first": True}
@@ -441,6 +441,7 @@ def test_pictures_are_foretold_in_words(foretelling, monkeypatch):
     pictures = _pictures()
     assert set(foretelling.draw("goes.", decoding=DRAWN)[0]) == {RGB_STATIC, RGB_GRIPPER}
     assert foretelling.extend(pictures[RGB_STATIC][None], frames=3, text="go left").shape == (3, 128, 128, 3)
+    assert all("<" not in step.text for step in foretelling.interleave("go left", steps=2, step_text=4, decoding=DRAWN))
     requests.clear()
     actions = np.zeros((4, tiny_tokens.HORIZON, 7))
     actions[..., [0, 1, 6]] = 0.3, 0.2, 1

@@ -32,6 +32,12 @@ def asked_store(tmp_path_factory):
     return tiny_tokens.tiny_store(tmp_path_factory.mktemp("asked"), shards=4, episodes_per_shard=3, asked=True)
 
 
+@pytest.fixture(scope="module")
+def felt_store(tmp_path_factory):
+    """A store that knows the arm's state and what there is to see, too."""
+    return tiny_tokens.tiny_store(tmp_path_factory.mktemp("felt"), shards=4, episodes_per_shard=3, asked=True, felt=True)
+
+
 def _compose(preset: str, **options) -> loop.TrainConfig:
     return cli.compose("train", [f"preset={preset}", *(f"{name}={value}" for name, value in options.items())])
 
@@ -48,19 +54,20 @@ def _stream(store, output="unused", **options):
 
 
 @pytest.mark.parametrize("stage", [stage for stage in STAGES if stage not in (NEEDS_PAIRS, NEEDS_A_POLICY)])
-def test_debug_twin_of_every_stage_trains(stage, asked_store, tmp_path):
-    records = _run(f"stage/{stage},stage/debug", asked_store.path, tmp_path, steps=2)
+def test_debug_twin_of_every_stage_trains(stage, asked_store, felt_store, tmp_path):
+    store = felt_store if _compose(f"stage/{stage}", tokens="x").scene_first else asked_store
+    records = _run(f"stage/{stage},stage/debug", store.path, tmp_path, steps=2)
     assert (tmp_path / "policy" / "model" / "model.safetensors").exists()
     losses = {name for record in records for name in record.get("validation", {}) if name.startswith("loss")}
     expected = {"vla": "loss_action", "understand_describe": "loss_text", "understand_instruct": "loss_text"}
     assert expected.get(stage, "loss_vision") in losses and "loss" in losses
 
 
-def test_the_depth_decoder_learns_alone(asked_store, tmp_path):
+def test_the_depth_decoder_learns_alone(felt_store, tmp_path):
     """Pictures are written otherwise afterwards; whatever acts and answers is the same to the last bit."""
-    _run("stage/joint,stage/debug", asked_store.path, tmp_path / "joint", steps=2)
+    _run("stage/joint,stage/debug", felt_store.path, tmp_path / "joint", steps=2)
     given = str(tmp_path / "joint" / "policy")
-    _run("stage/depth,stage/debug", asked_store.path, tmp_path / "depth", init_from=given)
+    _run("stage/depth,stage/debug", felt_store.path, tmp_path / "depth", init_from=given)
     before, after = (load(tmp_path / name / "policy").model.state_dict() for name in ("joint", "depth"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(name.startswith("depth.") for name in changed)
