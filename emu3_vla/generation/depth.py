@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from emu3_vla.documents import NOTHING
 from emu3_vla.generation.cache import LEAST_ROWS, Product
@@ -19,7 +20,9 @@ class DepthWriter:
     """The depth decoder's weights as `write` uses them. They are copied."""
 
     def __init__(self, depth: DepthDecoder, *, packed: bool = True):
-        self._state, self._states = Product(depth.state.weight, packed=packed), depth.states
+        # While it learns alone it reads whitened states (training.depth_only), by a layer of its own.
+        plain = type(depth.state) is nn.Linear
+        self._state, self._states = Product(depth.state.weight, packed=packed) if plain else depth.state, depth.states
         self._codes, self._slots = depth.codes.weight.detach(), depth.slots.weight.detach()
         self._before = None if depth.before is None else depth.before.weight.detach()
         self._layers = [_Layer(layer, packed) for layer in depth.layers]

@@ -100,7 +100,7 @@ def choose_blocks(batch: Batch, fraction: float, seeds: Sequence[tuple[int, ...]
 
     seeds: one a document, so that a document's choice depends neither on its neighbours nor on the process that it is in.
     """
-    chosen = _drawn(batch, batch.block_at_N, fraction, seeds) & (batch.block_weights_N.cpu().numpy() > 0)
+    chosen = drawn_at(batch, batch.block_at_N, fraction, seeds) & (batch.block_weights_N.cpu().numpy() > 0)
     return torch.from_numpy(np.flatnonzero(chosen)).to(batch.codes_NC.device)
 
 
@@ -110,11 +110,11 @@ def thin_codes(batch: Batch, fraction: float, seeds: Sequence[tuple[int, ...]]) 
     codes = (batch.kinds_BL.flatten() == VISION).nonzero().squeeze(1)
     if fraction == 1 or not len(codes):
         return batch
-    targets[codes[torch.from_numpy(~_drawn(batch, codes, fraction, seeds)).to(codes.device)]] = IGNORE
+    targets[codes[torch.from_numpy(~drawn_at(batch, codes, fraction, seeds)).to(codes.device)]] = IGNORE
     return replace(batch, targets_BL=targets.view_as(batch.targets_BL))
 
 
-def _drawn(batch: Batch, positions: torch.Tensor, fraction: float, seeds: Sequence[tuple[int, ...]]) -> np.ndarray:
+def drawn_at(batch: Batch, positions: torch.Tensor, fraction: float, seeds: Sequence[tuple[int, ...]]) -> np.ndarray:
     """Which of these ascending positions a draw takes, document by document: bool."""
     counts = np.bincount(batch.document_at(positions.cpu().numpy()), minlength=batch.documents)
     draws = [np.random.default_rng(seed).random(count) for seed, count in zip(seeds, counts, strict=True)]
@@ -129,10 +129,15 @@ def count_tokens(batch: Batch, chosen: torch.Tensor) -> torch.Tensor:
 
 
 def losses(
-    model: BlockEmu3ForCausalLM | PlainEmu3ForCausalLM, batch: Batch, chosen: torch.Tensor, smoothing: float = 0.0
+    model: BlockEmu3ForCausalLM | PlainEmu3ForCausalLM,
+    batch: Batch,
+    chosen: torch.Tensor,
+    smoothing: float = 0.0,
+    read: Batch | None = None,
 ) -> tuple[list[torch.Tensor], Figures]:
-    """Summed loss of each kind, with gradient, in the order of KINDS; and the same as figures."""
-    states_PH = model.states(batch)
+    """Summed loss of each kind, with gradient, in the order of KINDS; and the same as figures. read: what the trunk reads in the place of
+    the batch, see own_pictures."""
+    states_PH = model.states(batch if read is None else read)
     token_losses_M, _, right_M = token_losses(model, states_PH, batch.targets_BL.flatten(), smoothing)
     kinds_M = batch.kinds_BL[batch.targets_BL != IGNORE]
     are_KM = torch.arange(len(KINDS), device=kinds_M.device)[:, None] == kinds_M

@@ -49,9 +49,10 @@ def new_model(config: TrainConfig, source: Source) -> BlockEmu3ForCausalLM | Pla
         model.blocks.codes.weight.requires_grad_(config.learn_codes)
     elif not config.learn_codes:
         raise ValueError("learn_codes=false keeps the embeddings of codes in blocks; Emu3's own vocabulary has none")
+    for name in ("only_depth", "own_pictures"):
+        if (value := getattr(config, name)) and not isinstance(model, BlockEmu3ForCausalLM):
+            raise ValueError(f"{name}={value}, but Emu3's own vocabulary has no depth decoder: its codes are ids like any other")
     if config.only_depth:
-        if not isinstance(model, BlockEmu3ForCausalLM):
-            raise ValueError("only_depth=true, but Emu3's own vocabulary has no depth decoder: its codes are ids like any other")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith("depth."))
     if config.context:

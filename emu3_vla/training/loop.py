@@ -35,7 +35,7 @@ from emu3_vla.checkpoint.hub import find_folder
 from emu3_vla.documents import Batch
 from emu3_vla.lora import LoraSettings
 from emu3_vla.model import BlockEmu3ForCausalLM
-from emu3_vla.training import depth_only, preference, processes, sharded_state, state, team
+from emu3_vla.training import depth_only, own_pictures, preference, processes, sharded_state, state, team
 from emu3_vla.training import figures as figures_of
 from emu3_vla.training.figures import Figures, LossConfig
 from emu3_vla.training.initial import as_init_from, left_unsaid, outline
@@ -127,6 +127,7 @@ class TrainConfig:
     codes_from_tokenizer: bool = True  # new embeddings of codes begin as the vision tokenizer's code vectors, projected
     learn_codes: bool = True  # false: they stay so
     init_from: str = ""  # a checkpoint whose weights to start from, a folder or a shipped name; it brings its model.* sizes
+    own_pictures: float = 0.0  # of the supervised pictures, whose blocks before the trunk reads as the model itself would write them
     only_depth: bool = False  # the depth decoder of init_from alone learns: pictures change, and acting and answers stay what they are
     lora_rank: int = 0  # of adapters that learn in place of the weights of init_from; 0: all weights learn
     lora_alpha: float = 32.0  # an adapter's output is scaled by lora_alpha / lora_rank
@@ -185,8 +186,9 @@ class TrainConfig:
             raise ValueError(f"batch_size={self.batch_size} is no multiple of processes={self.processes}")
         if not 0 <= self.asked_fraction < 1:
             raise ValueError(f"asked_fraction is {self.asked_fraction}, expected at least 0 and below 1")
-        if not 0 <= self.scene_fraction <= 1:
-            raise ValueError(f"scene_fraction is {self.scene_fraction}, expected within [0, 1]")
+        for name in ("scene_fraction", "own_pictures"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected within [0, 1]")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction is {self.validation_fraction}, expected between 0 and 1")
         self._check_stage()
@@ -198,6 +200,8 @@ class TrainConfig:
             raise ValueError(f"context={self.context} packs documents of a mixture or pairs: give mixture.act=1, say, or preference.pairs")
         if (mixed or preferred) and not self.context:
             raise ValueError("documents of a mixture and of pairs are packed into rows: give context, the positions of a row")
+        if preferred and self.own_pictures:
+            raise ValueError(f"own_pictures={self.own_pictures} is of documents that are learnt, not of preference.pairs")
         if mixed and preferred:
             raise ValueError("preference.pairs and a mixture are two kinds of training; give one of them")
         if mixed and self.asked_fraction:
@@ -233,6 +237,7 @@ class TrainConfig:
         options = {
             "lora_rank": self.lora_rank,
             "only_depth": self.only_depth,
+            "own_pictures": self.own_pictures,
             "preference.pairs": self.preference.pairs,
             "optimizer.muon_learning_rate": self.optimizer.muon_learning_rate,
         }
@@ -381,7 +386,11 @@ def _step(
     flops = training_flops(model, batch, len(chosen)) / ours.sharing
     optimizer.zero_gradient()
     # Up to here all is counted on the CPU; a GPU would have to be waited for at each number.
-    sums, learned = ours.losses(batch.to(ours.device), chosen.to(ours.device), config.loss.label_smoothing)
+    batch, others = batch.to(ours.device), {}
+    if config.own_pictures:
+        rounds = own_pictures.rounds_of(config.seed, step)
+        others["read"] = own_pictures.with_own(model, batch, config.own_pictures, rounds, seeds)
+    sums, learned = ours.losses(batch, chosen.to(ours.device), config.loss.label_smoothing, **others)
     figures_of.total(sums, tokens, config.loss).backward()
     return learned, optimizer.step(step, rate), flops
 

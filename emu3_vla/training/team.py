@@ -87,9 +87,11 @@ class Replicas:
         """Let adapters of the model learn in its place."""
         self._adapted = lora.attach(self._model, settings)
 
-    def losses(self, batch: Batch, chosen: torch.Tensor, smoothing: float = 0.0) -> tuple[list[torch.Tensor], Figures]:
+    def losses(
+        self, batch: Batch, chosen: torch.Tensor, smoothing: float = 0.0, read: Batch | None = None
+    ) -> tuple[list[torch.Tensor], Figures]:
         """Summed loss of each kind, with gradient, and the same as figures, of this rank's part. See figures.losses."""
-        return figures_of.losses(self._model, batch, chosen, smoothing)
+        return figures_of.losses(self._model, batch, chosen, smoothing, read)
 
     def tokens(self, batch: Batch, chosen: torch.Tensor) -> torch.Tensor:
         """Supervised tokens of each kind in the whole batch of all ranks: float64 (4,). See figures.count_tokens."""
