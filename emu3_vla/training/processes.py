@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -48,6 +49,9 @@ def summed(values: torch.Tensor) -> torch.Tensor:
 
 
 def _child(rank: int, processes: int, port: int, worker: Callable[..., None], arguments: tuple) -> None:
+    # torch's spawn has the kernel send this when the parent dies; a shell starts background jobs with it ignored, and so would we.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     method = f"tcp://127.0.0.1:{port}"
     os.environ["LOCAL_RANK"] = str(rank)
     dist.init_process_group(_backend(), init_method=method, rank=rank, world_size=processes)
