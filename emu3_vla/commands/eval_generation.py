@@ -53,6 +53,8 @@ WAYS, HEADINGS = "distance", "heading"
 """Kinds of questions that begin so are answered in millimetres and in degrees: with numbers, which are seldom right to the last."""
 SHOWN = 8
 """Pictures of each measure on the page."""
+PREDICTED = 0.5
+"""Temperature of predictions of which several are drawn."""
 PROBE_FRAMES = 8000
 """Real pictures that the probe is trained on, at most."""
 
@@ -70,6 +72,7 @@ class EvalGenerationConfig:
     window: int = filming.WINDOW  # frames of a film; the first `kept` are shown
     kept: int = filming.KEPT
     temperature: float = DRAWN.temperature  # of drawings; everything else is greedy
+    samples: int = 1  # predictions of each film and of each consequence, at PREDICTED; the one nearest to all counts. 1: the greedy one
     longest: int = asking.LONGEST  # text ids of an answer or a description, at most
     rows: int = 8  # requests at once
     seed: int = 0
@@ -81,7 +84,7 @@ class EvalGenerationConfig:
         unknown = [name for name in self.measures if name not in MEASURES]
         if unknown or not self.measures:
             raise ValueError(f"measures={list(self.measures)}, expected some of {', '.join(MEASURES)}")
-        for name in ("frames", "pictures", "longest", "rows", "threads"):
+        for name in ("frames", "pictures", "samples", "longest", "rows", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if not 1 <= self.kept < self.window:
@@ -185,12 +188,16 @@ def _draw(model: Pipelines, config: EvalGenerationConfig, train: list[TokenizedE
 
 def _film(model: Pipelines, config: EvalGenerationConfig, train, held_out: list[TokenizedEpisode], store: TokenStore) -> Found:
     runs = scoring.moments(held_out, config.pictures, config.seed, run=config.window)
-    return _compared(scoring.filmed(model, runs, config.kept), config.seed, "frame")
+    return _compared(scoring.filmed(model, runs, config.kept, _predicted(config)), config.seed, "frame")
 
 
 def _world(model: Pipelines, config: EvalGenerationConfig, train, held_out: list[TokenizedEpisode], store: TokenStore) -> Found:
     pairs = scoring.consequences(held_out, config.pictures, store.metadata["horizon"], config.seed)
-    return _compared(scoring.foreseen(model, pairs), config.seed, "chunk")
+    return _compared(scoring.foreseen(model, pairs, _predicted(config)), config.seed, "chunk")
+
+
+def _predicted(config: EvalGenerationConfig) -> pipelines.Decoding:
+    return pipelines.Decoding(temperature=PREDICTED if config.samples > 1 else 0.0, samples=config.samples, seed=config.seed)
 
 
 def _compared(found: Sequence[scoring.Foreseen], seed: int, unit: str) -> Found:

@@ -55,6 +55,7 @@ class Decoding:
     guidance: float = 1.0  # scale of classifier-free guidance; 1: none
     negative: str = ""  # what guidance moves away from; empty: the null prompt
     parallel: int = 0  # guesses verified at once, which changes nothing but the time; 0: one id at a time
+    samples: int = 1  # predictions that are drawn, of which the one nearest to all is kept; of films and foresight alone
 
     def __post_init__(self):
         if self.negative and self.guidance == 1:
@@ -257,6 +258,8 @@ class PipelineBase:
 
         number: of the request among several, which draw differently.
         """
+        if decoding.samples != 1:
+            raise PipelineError(f"samples={decoding.samples} is of films and of what actions lead to; here leave it at 1")
         sampling = Sampling(temperature=decoding.temperature, top_k=decoding.top_k, top_p=decoding.top_p, seed=decoding.seed + number)
         guided = {}
         if decoding.guidance != 1:

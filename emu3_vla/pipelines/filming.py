@@ -8,12 +8,15 @@ Axes: T frames, F frames of codes (of Emu3's published weights each stands for f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from emu3_vla.documents import Begin, Image, Text, Video, forms, parse, write
 from emu3_vla.generation.grammar import Grammar
 from emu3_vla.generation.pieces import image, sequence, video_codes
 from emu3_vla.generation.requests import Request
+from emu3_vla.pipelines.agreement import each_sample, most_agreed
 from emu3_vla.pipelines.base import Decoding, PipelineBase, Written, checked_frames
 from emu3_vla.pipelines.drawing import drawn_grids
 from emu3_vla.pipelines.errors import WrongFrames, WrongSize
@@ -97,18 +100,18 @@ def continued(
 ) -> np.ndarray:
     """Codes (shown, h, w) and what follows them, `total` frames in all: int64 (total, h, w)."""
     _check_window(window, kept)
-    done, expected = 0, None
+    done, expected, samples = 0, None, each_sample(decoding)
     for number in range(total):
         if len(codes) >= total:
             break
         shown = codes[max(0, len(codes) - kept) :]
         new = min(window - len(shown), total - len(codes))
-        request = film_request(pipeline, text, shown, new, decoding, number)
+        requests = [film_request(pipeline, text, shown, new, one, number) for one in samples]
         # Of the windows to come nobody knows the exact length before they come; their frames are alike.
-        expected = expected or request.grammar.longest * (total - len(codes)) // new
-        (written,) = pipeline.run([request], done=done, total=expected)
-        done += len(written.items)
-        codes = np.concatenate([codes, filmed_codes(pipeline, shown, new, written)])
+        expected = expected or requests[0].grammar.longest * len(samples) * (total - len(codes)) // new
+        written = pipeline.run(requests, done=done, total=expected)
+        done += sum(len(one.items) for one in written)
+        codes = np.concatenate([codes, agreed_codes(pipeline, shown, new, written)])
     return codes
 
 
@@ -128,6 +131,12 @@ def film_request(pipeline: PipelineBase, text: list[Text], shown: np.ndarray, ne
     return pipeline.request(
         lambda text: forms.open_film(text, shown, frames, vocabulary, camera), text, Grammar(piece), decoding, number=number
     )
+
+
+def agreed_codes(pipeline: PipelineBase, shown: np.ndarray, new: int, written: Sequence[Written]) -> np.ndarray:
+    """Of the frames that several requests for the same wrote, those nearest to all: int64 (new, h, w)."""
+    filmed = [filmed_codes(pipeline, shown, new, one) for one in written]
+    return filmed[most_agreed(pipeline, [[codes] for codes in filmed], clips=pipeline.codes_clips)]
 
 
 def filmed_codes(pipeline: PipelineBase, shown: np.ndarray, new: int, written: Written) -> np.ndarray:

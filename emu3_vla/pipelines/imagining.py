@@ -14,6 +14,7 @@ from emu3_vla.documents.forms import Look
 from emu3_vla.generation.grammar import Grammar
 from emu3_vla.generation.pieces import image, sequence
 from emu3_vla.generation.requests import Request
+from emu3_vla.pipelines.agreement import each_sample, most_agreed
 from emu3_vla.pipelines.base import Decoding, Picture, Pictures, PipelineBase, Written
 from emu3_vla.pipelines.drawing import images_of
 from emu3_vla.pipelines.errors import LacksPart, WrongActions
@@ -38,16 +39,22 @@ def imagine(
     if not pipeline.cameras:
         raise LacksPart(f"{pipeline.checkpoint.folder} names no cameras, so it was not trained to act on their pictures")
     looks: list[Look] = [look]
-    remembered = max(1, pipeline.checkpoint.policy.trained_history)
+    remembered, samples = max(1, pipeline.checkpoint.policy.trained_history), each_sample(decoding)
     done = 0
     for number in range(len(chunks)):
         first = max(0, number + 1 - remembered)
         seen = [pictures_in(looks[first]), *looks[first + 1 :]]  # of the first, nothing was foretold in training
-        request = world_request(pipeline, texts, seen, chunks[first : number + 1], decoding, number)
-        (written,) = pipeline.run([request], done=done, total=request.grammar.longest * len(chunks))
-        done += len(written.items)
-        looks.append(foreseen_look(pipeline, written))
+        requests = [world_request(pipeline, texts, seen, chunks[first : number + 1], one, number) for one in samples]
+        written = pipeline.run(requests, done=done, total=requests[0].grammar.longest * len(samples) * len(chunks))
+        done += sum(len(one.items) for one in written)
+        looks.append(agreed_look(pipeline, written))
     return [pipeline.shown(pictures_in(look)) for look in looks[1:]]
+
+
+def agreed_look(pipeline: PipelineBase, written: Sequence[Written]) -> Look:
+    """Of what several requests for the same wrote, the look nearest to all."""
+    looks = [foreseen_look(pipeline, one) for one in written]
+    return looks[most_agreed(pipeline, [[image.codes for image in pictures_in(look)] for look in looks])]
 
 
 def foreseen_look(pipeline: PipelineBase, written: Written) -> Look:

@@ -14,6 +14,7 @@ import numpy as np
 from emu3_vla.data.tokens import TokenizedEpisode
 from emu3_vla.documents import ActionChunk, Image, Text
 from emu3_vla.pipelines import asking, drawing, filming, imagining
+from emu3_vla.pipelines.agreement import each_sample
 from emu3_vla.pipelines.base import Decoding, PipelineBase, Written
 from emu3_vla.training.kinds import CAPTION
 from emu3_vla.training.stream import documents_of, images_of
@@ -123,42 +124,51 @@ def drawings(pipeline: PipelineBase, shown: Sequence[Moment], decoding: Decoding
     ]
 
 
-def filmed(pipeline: PipelineBase, shown: Sequence[Moment], kept: int = filming.KEPT) -> list[Foreseen]:
-    """Moments continued in one window: `kept` frames are shown, the others are predicted, greedily."""
+def filmed(
+    pipeline: PipelineBase, shown: Sequence[Moment], kept: int = filming.KEPT, decoding: Decoding = filming.CONTINUED
+) -> list[Foreseen]:
+    """Moments continued in one window: `kept` frames are shown, the others are predicted."""
+    samples = each_sample(decoding)
     requests = [
-        filming.film_request(
-            pipeline, pipeline.texts(moment.episode.instruction), _static(moment)[:kept], len(moment.frames) - kept, filming.CONTINUED
-        )
+        filming.film_request(pipeline, pipeline.texts(moment.episode.instruction), _static(moment)[:kept], len(moment.frames) - kept, one)
         for moment in shown
+        for one in samples
     ]
     found = []
-    for moment, written in zip(shown, pipeline.run(requests), strict=True):
+    for moment, written in zip(shown, _batched(pipeline.run(requests), len(samples)), strict=True):
         codes = _static(moment)
-        predicted = filming.filmed_codes(pipeline, codes[:kept], len(codes) - kept, written)
+        predicted = filming.agreed_codes(pipeline, codes[:kept], len(codes) - kept, written)
         for ahead, (own, truth) in enumerate(zip(predicted, codes[kept:], strict=True), start=1):
             found.append(_foreseen(pipeline, RGB_STATIC, ahead, codes[kept - 1], own, truth))
     return found
 
 
-def foreseen(pipeline: PipelineBase, shown: Sequence[Moment]) -> list[Foreseen]:
-    """What both cameras see a chunk later, given its actions, greedily."""
+def foreseen(pipeline: PipelineBase, shown: Sequence[Moment], decoding: Decoding = imagining.FORESEEN) -> list[Foreseen]:
+    """What both cameras see a chunk later, given its actions."""
+    samples = each_sample(decoding)
     requests = [
         imagining.world_request(
             pipeline,
             pipeline.texts(moment.episode.instruction),
             [moment.look],
             [ActionChunk(moment.episode.action_ids[moment.frames[0]])],
-            imagining.FORESEEN,
+            one,
         )
         for moment in shown
+        for one in samples
     ]
     found = []
-    for moment, written in zip(shown, pipeline.run(requests), strict=True):
+    for moment, written in zip(shown, _batched(pipeline.run(requests), len(samples)), strict=True):
         after = images_of(moment.episode, moment.frames[1])
-        predicted = drawing.images_of(pipeline, written, pipeline.cameras)
+        predicted = imagining.pictures_in(imagining.agreed_look(pipeline, written))
         for before, own, truth in zip(moment.look, predicted, after, strict=True):
             found.append(_foreseen(pipeline, truth.name, 1, before.codes, own.codes, truth.codes))
     return found
+
+
+def _batched(items: Sequence, count: int) -> list[Sequence]:
+    """Parts of `count` each."""
+    return [items[start : start + count] for start in range(0, len(items), count)]
 
 
 def _static(moment: Moment) -> np.ndarray:

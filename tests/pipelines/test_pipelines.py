@@ -11,7 +11,7 @@ from emu3_vla import pipelines
 from emu3_vla.checkpoint import PolicySettings, load
 from emu3_vla.documents import Image, parse, write
 from emu3_vla.generation.engine import PromptTooLong
-from emu3_vla.pipelines import Decoding, asking, base, filming, imagining
+from emu3_vla.pipelines import Decoding, agreement, asking, base, filming, imagining
 from emu3_vla.training.kinds import Material, anchors_of
 from emu3_vla.training.kinds import write as train_document
 from emu3_vla.training.mixture import MixtureConfig
@@ -188,6 +188,31 @@ def test_numbers_of_frames_that_cannot_be(compact):
         compact.extend(shown, frames=1, window=2, kept=2)
     with pytest.raises(pipelines.PipelineError, match="text of what is to be filmed is empty"):
         compact.film(" ", frames=1)
+
+
+def test_of_several_predictions_the_one_nearest_to_all_is_kept(compact):
+    drawn = Decoding(temperature=1.0, seed=5, samples=4)
+    shown = np.stack([_pictures(seed)[RGB_STATIC] for seed in range(2)])
+    kept = compact.extend(shown, frames=1, window=3, decoding=drawn)
+    each = [compact.extend(shown, frames=1, window=3, decoding=one) for one in agreement.each_sample(drawn)]
+    assert len({one.tobytes() for one in each}) > 2, "they differ"
+    pixels = np.stack(each).astype(np.float64)
+    distances = [((pixels - one) ** 2).sum() for one in pixels]
+    np.testing.assert_array_equal(kept, each[int(np.argmin(distances))])
+    actions = np.zeros((2, tiny_tokens.HORIZON, 7))
+    actions[..., 0] = -0.5
+    looks = compact.imagine("go left", _pictures(), actions, decoding=drawn)
+    assert len(looks) == 2 and set(looks[0]) == {RGB_STATIC, RGB_GRIPPER}
+
+
+def test_numbers_of_samples_that_cannot_be(compact):
+    shown = _pictures()[RGB_STATIC][None]
+    with pytest.raises(pipelines.PipelineError, match="samples=4 with temperature=0 are all the same; set temperature, such as 0.5"):
+        compact.extend(shown, frames=1, decoding=Decoding(samples=4))
+    with pytest.raises(pipelines.PipelineError, match="samples is 0, expected at least 1"):
+        compact.extend(shown, frames=1, decoding=Decoding(samples=0))
+    with pytest.raises(pipelines.PipelineError, match="samples=2 is of films and of what actions lead to; here leave it at 1"):
+        compact.draw("goes.", decoding=Decoding(temperature=1.0, samples=2))
 
 
 # -- asking
