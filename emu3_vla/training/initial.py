@@ -74,14 +74,15 @@ def as_init_from(config: TrainConfig) -> TrainConfig:
         if asked[name] not in (size, usual[name]):
             raise ValueError(f"model.{name}={asked[name]}, but init_from={config.init_from} has {size}; leave model.{name} out")
     settings = find_folder(config.init_from) / checkpoint.POLICY
-    scene_first = config.scene_first or (settings.is_file() and checkpoint.read_policy(settings).scene_first)
+    foretells = settings.is_file() and checkpoint.read_policy(settings).scene_first
+    # One that learns to act without its words falls silent altogether; see left_unsaid.
+    scene_first = config.scene_first or (foretells and bool(config.scene_fraction or not _acts(config)))
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **found), scene_first=scene_first)
 
 
 def left_unsaid(config: TrainConfig) -> str:
     """A warning where the policy that training starts from says what it sees before it acts, and learns to act without; or nothing."""
-    acts = not config.context or config.mixture.act
-    if not config.init_from or config.scene_fraction or config.only_depth or config.preference.pairs or not acts:
+    if not config.init_from or config.scene_fraction or config.only_depth or config.preference.pairs or not _acts(config):
         return ""
     settings = find_folder(config.init_from) / checkpoint.POLICY
     if not settings.is_file() or not checkpoint.read_policy(settings).scene:
@@ -90,6 +91,11 @@ def left_unsaid(config: TrainConfig) -> str:
         f"warning: init_from={config.init_from} says what it sees before it acts, and with scene_fraction=0 it learns to act without and "
         "may forget what it could; tokenize with scene=checkpoint and give scene_fraction=0.85"
     )
+
+
+def _acts(config: TrainConfig) -> bool:
+    """Whether some of its documents act."""
+    return not config.context or bool(config.mixture.act)
 
 
 def _sizes_in(folder: Path) -> dict[str, Any]:

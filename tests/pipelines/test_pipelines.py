@@ -483,6 +483,8 @@ def test_a_foretelling_checkpoint_stays_one(foretelling, felt_store, tiny_store,
     told = {"init_from": str(foretelling.checkpoint.folder), "steps": 1, "validation_fraction": 0.5}
     again = tiny_tokens.train(felt_store.path, tmp_path / "again", context=448, mixture=MixtureConfig(draw=1), **told)
     assert pipelines.load(again).foretold
+    silent = tiny_tokens.train(felt_store.path, tmp_path / "silent", context=448, mixture=MixtureConfig(act=1), **told)
+    assert not pipelines.load(silent).foretold, "as training warns"
     mixture = MixtureConfig(draw=1, act=1)
     with pytest.raises(ValueError, match="says what it sees when it acts; give scene_fraction"):
         tiny_tokens.config(felt_store.path, tmp_path, context=448, scene_first=True, mixture=mixture)
