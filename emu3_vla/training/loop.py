@@ -391,7 +391,9 @@ def _step(
         rounds = own_pictures.rounds_of(config.seed, step)
         others["read"] = own_pictures.with_own(model, batch, config.own_pictures, rounds, seeds)
     sums, learned = ours.losses(batch, chosen.to(ours.device), config.loss.label_smoothing, **others)
-    figures_of.total(sums, tokens, config.loss).backward()
+    loss = figures_of.total(sums, tokens, config.loss)
+    if loss.requires_grad:  # a depth decoder that learns alone has nothing to learn of rows in which no block was drawn
+        loss.backward()
     return learned, optimizer.step(step, rate), flops
 
 

@@ -14,7 +14,7 @@ from emu3_vla import cli
 from emu3_vla.checkpoint import load
 from emu3_vla.documents import IGNORE, KINDS
 from emu3_vla.model import BlockEmu3Config, DepthDecoder
-from emu3_vla.training import depth_only, initial, loop
+from emu3_vla.training import depth_only, initial, loop, team
 from emu3_vla.training.mixture import MixtureConfig
 from emu3_vla.training.source import open_source
 from envs.spec import RGB_GRIPPER, RGB_STATIC
@@ -106,6 +106,16 @@ def test_noise_is_met_in_training_alone():
 def test_what_learns_alone_must_be_there():
     with pytest.raises(ValueError, match="only_depth=true learns to write the pictures of a checkpoint: name it in init_from"):
         _compose("stage/depth", tokens="x")
+
+
+def test_a_process_without_a_drawn_block_waits_for_the_others(felt_store, tmp_path, monkeypatch):
+    """Of its rows the depth decoder that learns alone then has no gradient, though the step has one elsewhere."""
+    _run("stage/joint,stage/debug", felt_store.path, tmp_path / "joint", steps=2)
+    given = str(tmp_path / "joint" / "policy")
+    monkeypatch.setattr(team.Replicas, "tokens", lambda _self, _batch, _chosen: torch.tensor([0.0, 0.0, 0.0, 160.0]).double())
+    options = {"init_from": given, "steps": 2, "loss.vision_loss_fraction": 0.0, "validate_every": 2}
+    records = _run("stage/depth,stage/debug", felt_store.path, tmp_path / "depth", **options)
+    assert [record["step"] for record in records if "validation" in record] == [2]
 
 
 def test_stages_learn_what_they_should():
