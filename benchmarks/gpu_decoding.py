@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from operator import itemgetter
 
 import torch
 from transformers import Emu3ForCausalLM, Emu3TextConfig
@@ -63,14 +64,10 @@ def milliseconds(call: Callable[[], Result]) -> tuple[float, Result]:
 
 def each_id(engine: Engine | TransformersEngine, count: int, **request) -> tuple[float, Result]:
     """Milliseconds an id behind the first, and the answer."""
-    whole, result = min((milliseconds(lambda: engine.generate([Request(grammar=codes(count), **request)])[0]) for _ in range(2)), key=first)
+    calls = (milliseconds(lambda: engine.generate([Request(grammar=codes(count), **request)])[0]) for _ in range(2))
+    whole, result = min(calls, key=itemgetter(0))
     one = min(milliseconds(lambda: engine.generate([Request(grammar=codes(1), **request)])[0])[0] for _ in range(2))
     return (whole - one) / (count - 1), result
-
-
-def first(pair: tuple[float, Result]) -> float:
-    """Of a pair."""
-    return pair[0]
 
 
 def copied_bytes_per_s() -> float:

@@ -392,7 +392,7 @@ def _step(
         others["read"] = own_pictures.with_own(model, batch, config.own_pictures, rounds, seeds)
     sums, learned = ours.losses(batch, chosen.to(ours.device), config.loss.label_smoothing, **others)
     loss = figures_of.total(sums, tokens, config.loss)
-    if loss.requires_grad:  # a depth decoder that learns alone has nothing to learn of rows in which no block was drawn
+    if chosen.numel() or not config.only_depth:  # of an empty row, nothing reaches a depth decoder that learns alone
         loss.backward()
     return learned, optimizer.step(step, rate), flops
 
