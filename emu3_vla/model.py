@@ -7,7 +7,8 @@
 By the chain rule p(block) = Π p(code | state, codes before it in the block), so this stays exact next-token prediction with block_size²
 fewer trunk positions. Precedents: MegaByte (arXiv 2305.07185), RQ-Transformer (arXiv 2203.01941).
 
-Axes: B documents, L positions, P = B×L, N blocks, C codes of a block, H width of the trunk, D width of the depth decoder, V ids.
+Axes: B documents, L positions, P = B×L, N blocks, C codes of a block, S text ids said before it, H width of the trunk, D width of the depth
+decoder, V ids.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ from transformers import Emu3ForCausalLM, Emu3TextConfig
 
 from emu3_vla import attention
 from emu3_vla.cross_entropy import SLICE_LOGITS, check_targets, sliced_cross_entropy
-from emu3_vla.documents import IGNORE, NOTHING, Batch
+from emu3_vla.documents import IGNORE, NOTHING, SAID, Batch, Beside
 from emu3_vla.vocabulary import CompactVocabulary, Emu3Vocabulary
+
+Matrix = Callable[[torch.Tensor], torch.Tensor]
+"""A linear layer, or what computes the same."""
 
 
 class BlockEmu3Config(Emu3TextConfig):
@@ -42,7 +46,19 @@ class BlockEmu3Config(Emu3TextConfig):
     depth_heads: int = 4
     depth_noise: float = 0.0  # most of the codes before in a block that the depth decoder is shown wrong in training
     recall: bool = False  # the depth decoder sees the block that stood at its place in the picture before
+    foretold: list | tuple = ()  # ids of each number that is said before a picture, from .. to, which the depth decoder reads
+    foretold_size: int = 512  # width of what it makes of them
     state_per_code: bool = False  # the depth decoder reads the trunk's state anew for each code of a block; without: the same for all
+
+
+WAVES = 6
+"""Lengths of the waves that embeddings of numbers begin as: from four times the range, halved each time."""
+
+
+def waves(bins: int) -> torch.Tensor:
+    """Embeddings of a number's bins in which neighbours are alike: float32 (bins, 2 × WAVES), sines and cosines."""
+    phases = torch.linspace(0, torch.pi, bins)[:, None] * 2.0 ** torch.arange(-1, WAVES - 1)
+    return torch.cat([phases.sin(), phases.cos()], dim=1)
 
 
 def build_config(vocabulary: CompactVocabulary, **sizes: Any) -> BlockEmu3Config:
@@ -79,6 +95,7 @@ class BlockEmu3ForCausalLM(Emu3ForCausalLM):
         self.depth = DepthDecoder(config)
         self.post_init()
         self.blocks.balance()
+        self.depth.begin()
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """One embedding per position: (B, L, H)."""
@@ -184,24 +201,28 @@ class DepthDecoder(nn.Module):
         self.noise = config.depth_noise
         # Most of a next picture is the one before again: what stood at a code's own place need not pass through the trunk.
         self.before = nn.Embedding(config.codebook_size - NOTHING, size) if config.recall else None
+        # The trunk looks at what it has drawn rather than at what it said would be there, so that is read here once more.
+        self.foretold = Foretold(config) if config.foretold else None
         self.slots = nn.Embedding(config.codes_per_block, size)
         self.layers = nn.ModuleList(DepthLayer(size, config.depth_heads) for _ in range(config.depth_layers))
         self.norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
         self.head = nn.Linear(size, config.codebook_size, bias=False)
 
-    def forward(self, states_NH: torch.Tensor, codes_NC: torch.Tensor, before_NC: torch.Tensor) -> torch.Tensor:
-        """Logits of each code given the state, what stood there in the picture before (documents.Layout), and the codes written so far:
-        (N, C, codebook_size)."""
-        return self._logits(states_NH, self._misread(codes_NC[:, :-1]), before_NC)
+    def begin(self) -> None:
+        """Begin with foretold numbers that count for nothing."""
+        if self.foretold is not None:
+            self.foretold.begin()
+
+    def forward(self, states_NH: torch.Tensor, codes_NC: torch.Tensor, beside: Beside) -> torch.Tensor:
+        """Logits of each code given the state, what is known of its block beside, and the codes written so far: (N, C, codebook_size)."""
+        return self._logits(states_NH, self._misread(codes_NC[:, :-1]), beside)
 
     @torch.no_grad()
-    def write(
-        self, states_NH: torch.Tensor, before_NC: torch.Tensor, choose: Callable[[torch.Tensor], torch.Tensor]
-    ) -> torch.Tensor:
+    def write(self, states_NH: torch.Tensor, beside: Beside, choose: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Write blocks, one code after another: int64 (N, C). choose: logits (N, codebook_size) -> codes (N,)."""
         codes = torch.empty(len(states_NH), 0, dtype=torch.long, device=states_NH.device)
         for _ in range(self.slots.num_embeddings):
-            chosen = choose(self._logits(states_NH, codes, before_NC)[:, -1])
+            chosen = choose(self._logits(states_NH, codes, beside)[:, -1])
             codes = torch.cat([codes, chosen[:, None]], dim=1)
         return codes
 
@@ -217,17 +238,69 @@ class DepthDecoder(nn.Module):
         wrong_NK = torch.rand(written_NK.shape, device=written_NK.device) < shares_N1
         return torch.where(wrong_NK, torch.randint_like(written_NK, self.codes.num_embeddings), written_NK)
 
-    def _logits(self, states_NH: torch.Tensor, written_NK: torch.Tensor, before_NC: torch.Tensor) -> torch.Tensor:
+    def _logits(self, states_NH: torch.Tensor, written_NK: torch.Tensor, beside: Beside) -> torch.Tensor:
         """Logits of the first K + 1 codes given the first K."""
         count = written_NK.shape[1] + 1
         # The state joins every slot, not the first alone: a path past attention.
         state_NSD = self.state(states_NH).unflatten(-1, (self.states, -1))[:, :count]
         hidden = F.pad(self.codes(written_NK), (0, 0, 1, 0)) + state_NSD + self.slots.weight[:count]
         if self.before is not None:
-            hidden = hidden + self.before(before_NC[:, :count] - NOTHING)
+            hidden = hidden + self.before(beside.before_NC[:, :count] - NOTHING)
+        if self.foretold is not None:
+            hidden = hidden + self.foretold(beside)[:, :count]
         for layer in self.layers:
             hidden = layer(hidden)
         return self.head(self.norm(hidden))
+
+
+class Foretold(nn.Module):
+    """Number words said right before a picture (training.kinds), as what each code of a block at its place makes of them.
+
+    Where things are and how they stand is in the words, and which of it a code shows depends on its place alone, so this is a function of
+    both: numbers → what they mean together → what of it is at a place → a part of each code's input. Where the last text is something
+    else, nothing is added.
+    """
+
+    def __init__(self, config: BlockEmu3Config):
+        super().__init__()
+        first, stop = zip(*config.foretold, strict=True)
+        if len(first) > SAID:
+            raise ValueError(f"{len(first)} numbers are foretold, expected at most {SAID}")
+        self.bounds, sizes = (first, stop), [after - begin for begin, after in config.foretold]
+        self.starts = [sum(sizes[:number]) for number in range(len(sizes))]
+        self.ends = [*self.starts[1:], sum(sizes)]
+        hidden, width, slots = config.foretold_size, 2 * WAVES, config.codes_per_block
+        self.words = nn.Embedding(sum(sizes), width)
+        self.up = nn.Linear(len(sizes) * width, hidden, bias=False)
+        self.norm = nn.RMSNorm(hidden, eps=config.rms_norm_eps)
+        self.across = nn.Linear(hidden, hidden, bias=False)
+        self.places = nn.Embedding(config.num_places, hidden)
+        self.down = nn.Linear(hidden, slots * config.depth_size, bias=False)
+        self.slots = slots
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Neighbouring bins alike, and no part in what is written yet."""
+        for start, end in zip(self.starts, self.ends, strict=True):
+            self.words.weight[start:end] = waves(end - start)
+        self.places.weight.normal_()
+        self.across.weight.normal_(0, len(self.across.weight) ** -0.5)
+        self.up.weight.normal_(0, self.up.weight.shape[1] ** -0.5)
+        self.down.weight.zero_()
+
+    def forward(self, beside: Beside) -> torch.Tensor:
+        """(N, C, D)."""
+        return self.of(beside, self.up, self.across, self.down)
+
+    def of(self, beside: Beside, up: Matrix, across: Matrix, down: Matrix) -> torch.Tensor:
+        """The same by these matrices."""
+        first_S, stop_S = torch.tensor(self.bounds, device=beside.said_NS.device)
+        said_NS = beside.said_NS[:, -len(first_S) :]
+        are_words_N1 = ((said_NS >= first_S) & (said_NS < stop_S)).all(1, keepdim=True)
+        rows_NS = (said_NS - first_S).where(are_words_N1, 0) + torch.tensor(self.starts, device=said_NS.device)
+        together = self.norm(F.relu(up(self.words(rows_NS).flatten(1))).square())
+        here = F.relu(across(together) + self.places(beside.places_N)).square()
+        return (down(here) * are_words_N1).unflatten(-1, (self.slots, -1))
 
 
 class DepthLayer(nn.Module):
@@ -276,5 +349,5 @@ def block_losses(model: BlockEmu3ForCausalLM, states_PH: torch.Tensor, batch: Ba
     """Cross-entropy of every code of the chosen blocks, float32 (len(chosen), C). chosen: int64, indices into the batch's N blocks."""
     codes = batch.codes_NC[chosen]
     # Never negative: a document opens with <bos> and an image with its begin token, so a block always has a position before it.
-    logits = model.depth(states_PH[batch.block_at_N[chosen] - 1], codes, batch.before_NC[chosen])
+    logits = model.depth(states_PH[batch.block_at_N[chosen] - 1], codes, batch.beside(chosen))
     return F.cross_entropy(logits.float().flatten(0, 1), codes.flatten(), reduction="none").view_as(codes)

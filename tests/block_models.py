@@ -2,6 +2,7 @@
 
 import torch
 
+from emu3_vla.documents import NOTHING, SAID, Beside
 from emu3_vla.model import BlockEmu3ForCausalLM, build_config
 from emu3_vla.vocabulary import CompactVocabulary, ImageGrid
 
@@ -16,3 +17,9 @@ def block_model(**changes) -> tuple[BlockEmu3ForCausalLM, CompactVocabulary]:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4}
     sizes |= {"code_dim": 8, "depth_size": 16, "depth_heads": 2, "initializer_range": 0.2}
     return BlockEmu3ForCausalLM(build_config(VOCABULARY, **(sizes | changes))).eval(), VOCABULARY
+
+
+def beside(before_NC: torch.Tensor) -> Beside:
+    """Of blocks at which these codes stood before, at the first place, and of which nothing was said."""
+    places, said = torch.zeros(len(before_NC), dtype=torch.long), torch.full((len(before_NC), SAID), NOTHING)
+    return Beside(before_NC=before_NC, places_N=places, said_NS=said)

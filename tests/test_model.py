@@ -1,10 +1,13 @@
 """The blocked decoder: causal, exact by the chain rule, and Emu3ForCausalLM underneath."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from block_models import beside, block_model
 from transformers import Emu3ForCausalLM
 
-from emu3_vla.documents import NOTHING, ActionChunk, Image, Text, collate
+from emu3_vla.documents import NOTHING, SAID, ActionChunk, Beside, Image, Text, collate
 from emu3_vla.model import BlockEmu3ForCausalLM, block_losses, build_config, token_losses
 from emu3_vla.vocabulary import CompactVocabulary, ImageGrid
 
@@ -48,12 +51,12 @@ def test_padding_and_neighbours_change_nothing(model):
 
 
 def test_each_code_is_predicted_from_those_before_it_alone(model):
-    states, codes, before = torch.randn(3, 32), torch.randint(0, 7, (3, 4)), torch.randint(NOTHING, 7, (3, 4))
-    logits = model.depth(states, codes, before)
+    states, codes, known = torch.randn(3, 32), torch.randint(0, 7, (3, 4)), beside(torch.randint(NOTHING, 7, (3, 4)))
+    logits = model.depth(states, codes, known)
     for slot in range(4):
         changed = codes.clone()
         changed[:, slot] = (changed[:, slot] + 1) % 7
-        again = model.depth(states, changed, before)
+        again = model.depth(states, changed, known)
         torch.testing.assert_close(again[:, : slot + 1], logits[:, : slot + 1])
         if slot < 3:
             assert not torch.allclose(again[:, slot + 1 :], logits[:, slot + 1 :])
@@ -62,16 +65,16 @@ def test_each_code_is_predicted_from_those_before_it_alone(model):
 def test_probabilities_of_all_blocks_add_up_to_one(model):
     """The chain rule is exact: summed over every possible block, exp(-loss) is 1."""
     every = torch.cartesian_prod(*[torch.arange(7)] * 4)
-    before = torch.tensor([[2, NOTHING, 0, 6]]).expand(len(every), -1)
-    log_p = model.depth(torch.randn(1, 32).expand(len(every), -1), every, before).log_softmax(-1)
+    known = beside(torch.tensor([[2, NOTHING, 0, 6]]).expand(len(every), -1))
+    log_p = model.depth(torch.randn(1, 32).expand(len(every), -1), every, known).log_softmax(-1)
     total = log_p.gather(-1, every[..., None]).squeeze(-1).sum(1).exp().sum()
     assert total.item() == pytest.approx(1, abs=1e-4)
 
 
 def test_written_blocks_are_the_likeliest_codes(model):
-    states, before = torch.randn(5, 32), torch.randint(NOTHING, 7, (5, 4))
-    codes = model.depth.write(states, before, lambda logits: logits.argmax(-1))
-    torch.testing.assert_close(model.depth(states, codes, before).argmax(-1), codes)
+    states, known = torch.randn(5, 32), beside(torch.randint(NOTHING, 7, (5, 4)))
+    codes = model.depth.write(states, known, lambda logits: logits.argmax(-1))
+    torch.testing.assert_close(model.depth(states, codes, known).argmax(-1), codes)
 
 
 def test_losses_look_at_supervised_positions(model):
@@ -84,10 +87,34 @@ def test_losses_look_at_supervised_positions(model):
     assert right.tolist() == (logits.argmax(-1) == targets).tolist()
 
 
+FORETOLD = [[0, 4], [4, 10]]
+
+
+def test_numbers_said_before_a_block_are_read_by_its_place():
+    model = block_model(foretold=FORETOLD, foretold_size=16)[0]
+    said = torch.full((4, SAID), NOTHING)
+    said[:, -2:] = torch.tensor([[1, 8], [1, 9], [8, 1], [NOTHING, 1]])  # the last two are no numbers of these
+    known = Beside(before_NC=torch.zeros(4, 4, dtype=torch.long), places_N=torch.zeros(4, dtype=torch.long), said_NS=said)
+    assert not model.depth.foretold(known).any(), "they count for nothing at first"
+    torch.nn.init.normal_(model.depth.foretold.down.weight)
+    read, elsewhere = (model.depth.foretold(replace(known, places_N=torch.full((4,), place))) for place in (0, 1))
+    assert read.shape == (4, 4, 16)
+    assert read[0].all() and not torch.allclose(read[0], read[1]) and not torch.allclose(read[0], elsewhere[0])
+    assert not read[2:].any()
+    states, codes = torch.randn(1, 32).expand(4, -1), torch.zeros(4, 4, dtype=torch.long)
+    logits = model.depth(states, codes, known)
+    assert not torch.allclose(logits[0], logits[1]) and torch.equal(logits[2], logits[3])
+
+
+def test_too_many_numbers_cannot_be_foretold():
+    with pytest.raises(ValueError, match="33 numbers are foretold, expected at most 32"):
+        block_model(foretold=[[0, 2]] * 33)
+
+
 def test_block_loss_reads_the_state_before_the_block(model):
     batch = collate([_document()], V)
     states = model.states(batch)
-    first = model.depth(states[3:4], batch.codes_NC[:1], batch.before_NC[:1]).log_softmax(-1)  # position 3 holds "begin of image"
+    first = model.depth(states[3:4], batch.codes_NC[:1], batch.beside(slice(1))).log_softmax(-1)  # position 3 holds "begin of image"
     losses = block_losses(model, states, batch, torch.tensor([0]))
     torch.testing.assert_close(losses[0], -first[0, range(4), batch.codes_NC[0]])
 

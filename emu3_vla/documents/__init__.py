@@ -13,7 +13,20 @@ A compact one, where the name of an image says its size and every chunk follows 
     <bos> instruction <begin image static> codes <begin image gripper> codes <begin action> action ids <end of chunk>
 """
 
-from emu3_vla.documents.layout import IGNORE, LENGTH_MULTIPLE, NOTHING, Batch, Layout, collate, lay_out, length_of, pack, plan_rows
+from emu3_vla.documents.layout import (
+    IGNORE,
+    LENGTH_MULTIPLE,
+    NOTHING,
+    SAID,
+    Batch,
+    Beside,
+    Layout,
+    collate,
+    lay_out,
+    length_of,
+    pack,
+    plan_rows,
+)
 from emu3_vla.documents.prompts import Prompts, generation_grid, without_text
 from emu3_vla.documents.segments import (
     ActionChunk,
@@ -42,9 +55,11 @@ __all__ = [
     "LENGTH_MULTIPLE",
     "NOTHING",
     "PRESETS",
+    "SAID",
     "ActionChunk",
     "Batch",
     "Begin",
+    "Beside",
     "DocumentError",
     "End",
     "Image",

@@ -9,7 +9,7 @@ with Emu3's vocabulary and blocks of one code there is no depth decoder, and cod
 is what a policy is trained on. Every chunk is supervised given all before it, so a model sees 0 .. K-1 past chunks and any of these
 numbers may be used when acting.
 
-Axes: L positions, N blocks, C = block_size² codes of a block, B documents.
+Axes: L positions, N blocks, C = block_size² codes of a block, B documents, S = SAID text ids.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ IGNORE = -100
 """Target of positions after which nothing is supervised: padding, disturbed chunks, prompts, and positions before a block."""
 
 NOTHING = -1
-"""Codes of a block where no picture of its name came before."""
+"""Codes of a block where no picture of its name came before, and text ids where no text did."""
+
+SAID = 32
+"""Of the text before a block so many ids are told, the last ones."""
 
 LENGTH_MULTIPLE = 8
 """Batches are padded to this, so that compiled code and matrix kernels meet few distinct shapes."""
@@ -49,7 +52,8 @@ class Layout:
     loss, 0 where it is IGNORE. kinds: int8 (L,), of each target, an index into KINDS. codes: int64 (N, C), row by row within a block.
     block_at: int64 (N,), positions of the blocks, ascending; the position before a block predicts it. block_weights: float32 (N,), of
     each block's codes in the loss, 0 where they are not supervised. places: int64 (N,), see CompactVocabulary.places. before: int64 (N, C),
-    codes of the last block that stood at the same place in this document, or NOTHING.
+    codes of the last block that stood at the same place in this document, or NOTHING. said: int64 (N, S), the last text ids before the
+    block in this document, NOTHING in front of the first.
     """
 
     ids: np.ndarray
@@ -61,6 +65,19 @@ class Layout:
     block_weights: np.ndarray
     places: np.ndarray
     before: np.ndarray
+    said: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beside:
+    """What is known of N blocks beside the trunk's states before them: int64, as in Layout."""
+
+    before_NC: torch.Tensor
+    places_N: torch.Tensor
+    said_NS: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.places_N)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +87,8 @@ class Batch:
     A document a row: attention is causal, so none sees padding and none sees another. Packed: `spans` says where each document stands, and
     attention and positions keep to it.
 
-    ids_BL, targets_BL: int64. kinds_BL: int8, of the targets, see Layout. codes_NC, before_NC, places_N: int64. block_at_N: int64, index
-    into the flattened B×L positions.
+    ids_BL, targets_BL: int64. kinds_BL: int8, of the targets, see Layout. codes_NC, before_NC, places_N, said_NS: int64. block_at_N: int64,
+    index into the flattened B×L positions.
     weights_BL, block_weights_N: float32, see Layout. chunks: number of supervised action chunks. positions: number that are not padding.
     """
 
@@ -82,6 +99,7 @@ class Batch:
     codes_NC: torch.Tensor
     before_NC: torch.Tensor
     places_N: torch.Tensor
+    said_NS: torch.Tensor
     block_at_N: torch.Tensor
     block_weights_N: torch.Tensor
     chunks: int
@@ -92,6 +110,10 @@ class Batch:
     def documents(self) -> int:
         """How many there are."""
         return len(self.ids_BL) if self.spans is None else len(self.spans)
+
+    def beside(self, blocks: torch.Tensor | slice = slice(None)) -> Beside:
+        """Of these of its N blocks; by default of all."""
+        return Beside(before_NC=self.before_NC[blocks], places_N=self.places_N[blocks], said_NS=self.said_NS[blocks])
 
     def document_at(self, positions: np.ndarray) -> np.ndarray:
         """Number of the document at each position, an index into the flattened B×L: int64, of the shape of `positions`."""
@@ -145,6 +167,7 @@ def lay_out(segments: Sequence[Segment], vocabulary: Vocabulary, weights: LossWe
         block_weights=block_weights,
         places=places,
         before=_before(places, codes, vocabulary),
+        said=_said(ids, block_at, vocabulary),
     )
 
 
@@ -196,6 +219,7 @@ def _assemble(
     block_at = [nothing, *(layout.block_at + start for start, layout in zip(starts.tolist(), layouts, strict=True))]
     no_codes = nothing.reshape(0, vocabulary.codes_per_block)
     codes, before = ([no_codes, *(getattr(layout, name) for layout in layouts)] for name in ("codes", "before"))
+    said = [nothing.reshape(0, SAID), *(layout.said for layout in layouts)]
     block_weights = [nothing.astype(np.float32), *(layout.block_weights for layout in layouts)]
     return Batch(
         ids_BL=torch.from_numpy(ids).view(shape),
@@ -205,6 +229,7 @@ def _assemble(
         codes_NC=torch.from_numpy(np.concatenate(codes)),
         before_NC=torch.from_numpy(np.concatenate(before)),
         places_N=torch.from_numpy(np.concatenate([nothing, *(layout.places for layout in layouts)])),
+        said_NS=torch.from_numpy(np.concatenate(said)),
         block_at_N=torch.from_numpy(np.concatenate(block_at)),
         block_weights_N=torch.from_numpy(np.concatenate(block_weights)),
         chunks=sum(isinstance(part, ActionChunk) and part.supervised for document in documents for part in document),
@@ -274,3 +299,11 @@ def _before(places: np.ndarray, codes: np.ndarray, vocabulary: Vocabulary) -> np
         again = places[in_turn[1:]] == places[in_turn[:-1]]
         before[in_turn[1:][again]] = codes[in_turn[:-1][again]]
     return before
+
+
+def _said(ids: np.ndarray, block_at: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    """Of each block the last text ids before it: int64 (N, S), NOTHING in front of the first."""
+    texts = vocabulary.is_text(ids)
+    texts[block_at] = False  # where blocks stand there are no ids, whatever fills them
+    told = np.concatenate([np.full(SAID, NOTHING), ids[texts]])
+    return told[np.cumsum(texts)[block_at][:, None] + np.arange(SAID)]

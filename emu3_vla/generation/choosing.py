@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from emu3_vla.documents import NOTHING
+from emu3_vla.documents import NOTHING, SAID, Beside
 from emu3_vla.generation.cache import LEAST_ROWS, Product
 from emu3_vla.generation.depth import DepthWriter
 from emu3_vla.generation.grammar import Block, Choice, Item
@@ -27,13 +27,19 @@ PACKED_IDS = 65_536
 """Largest slice of the head that is laid out anew for the CPU; a larger one is read where it is, not to hold it twice."""
 
 
-Codes = tuple[int, ...]
+@dataclass(frozen=True)
+class Seen:
+    """What one request's items say of a block to come: codes of the last at its place, and the last SAID text ids at most, both as in
+    documents.Layout; empty where there are none."""
+
+    before: tuple[int, ...] = ()
+    said: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class Ask:
-    """One item to be chosen. number: which of its request's. state, negative: (H,); negative: the null prompt's, for guidance. before,
-    negative_before: what stood at a block's place last, in either's items; see documents.Layout."""
+    """One item to be chosen. number: which of its request's. state, negative: (H,); negative: the null prompt's, for guidance. seen,
+    negative_seen: of a block, in either's items."""
 
     choice: Choice
     sampling: Sampling
@@ -41,8 +47,8 @@ class Ask:
     state: torch.Tensor
     negative: torch.Tensor | None = None
     scale: float = 1.0
-    before: Codes | None = None
-    negative_before: Codes | None = None
+    seen: Seen = Seen()
+    negative_seen: Seen = Seen()
 
 
 class Chooser:
@@ -97,9 +103,8 @@ class Chooser:
         guided_at = [at for at, ask in enumerate(asks) if ask.negative is not None]
         states = torch.stack([*(ask.state for ask in asks), *(asks[at].negative for at in guided_at)])
         samplings = [ask.sampling for ask in asks]
-        before = [*(ask.before for ask in asks), *(asks[at].negative_before for at in guided_at)]
-        nothing = (NOTHING,) * self._depth.slots
-        before_NC = torch.tensor([codes or nothing for codes in before], device=states.device)
+        places = [ask.choice.place for ask in (*asks, *(asks[at] for at in guided_at))]
+        beside = self._beside(places, [*(ask.seen for ask in asks), *(asks[at].negative_seen for at in guided_at)])
 
         def pick(logits_NK: torch.Tensor, number: int) -> torch.Tensor:
             own, negative = logits_NK[: len(asks)], logits_NK[len(asks) :]
@@ -109,8 +114,18 @@ class Chooser:
             chosen = torch.tensor(choose(own, samplings, [(ask.number, number) for ask in asks]), device=own.device)
             return torch.cat([chosen, chosen[guided_at]])
 
-        codes = self._depth.write(states, before_NC, pick)[: len(asks)].tolist()
+        codes = self._depth.write(states, beside, pick)[: len(asks)].tolist()
         return [Block(ask.choice.place, tuple(row)) for ask, row in zip(asks, codes, strict=True)]
+
+    def _beside(self, places: list[int], seen: list[Seen]) -> Beside:
+        nothing = (NOTHING,) * self._depth.slots
+        before, said = [own.before or nothing for own in seen], [(NOTHING,) * (SAID - len(own.said)) + own.said for own in seen]
+        device = self._head.device
+        return Beside(
+            before_NC=torch.tensor(before, device=device),
+            places_N=torch.tensor(places, device=device),
+            said_NS=torch.tensor(said, device=device),
+        )
 
     def _slice(self, start: int, stop: int) -> Callable[[torch.Tensor], torch.Tensor]:
         if (start, stop) not in self._slices:

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from emu3_vla.documents import NOTHING
+from emu3_vla.documents import NOTHING, Beside
 from emu3_vla.generation.cache import LEAST_ROWS, Product
-from emu3_vla.model import DepthDecoder, DepthLayer
+from emu3_vla.model import DepthDecoder, DepthLayer, Foretold, Matrix
 
 
 class DepthWriter:
@@ -25,6 +25,7 @@ class DepthWriter:
         self._state, self._states = Product(depth.state.weight, packed=packed) if plain else depth.state, depth.states
         self._codes, self._slots = depth.codes.weight.detach(), depth.slots.weight.detach()
         self._before = None if depth.before is None else depth.before.weight.detach()
+        self._foretold = None if depth.foretold is None else _Foretold(depth.foretold, packed)
         self._layers = [_Layer(layer, packed) for layer in depth.layers]
         self._norm, self._head = depth.norm, Product(depth.head.weight, packed=packed)
 
@@ -34,17 +35,16 @@ class DepthWriter:
         return len(self._slots)
 
     @torch.inference_mode()
-    def write(
-        self, states_NH: torch.Tensor, before_NC: torch.Tensor, choose: Callable[[torch.Tensor, int], torch.Tensor]
-    ) -> torch.Tensor:
-        """Write blocks, one code after another: int64 (N, C). before_NC: see documents.Layout. choose: logits float32 (N, K), number of the
-        code -> codes (N,)."""
+    def write(self, states_NH: torch.Tensor, beside: Beside, choose: Callable[[torch.Tensor, int], torch.Tensor]) -> torch.Tensor:
+        """Write blocks, one code after another: int64 (N, C). choose: logits float32 (N, K), number of the code -> codes (N,)."""
         blocks = len(states_NH)
         slots = self.slots
         states = self._state(F.pad(states_NH, (0, 0, 0, max(0, LEAST_ROWS - blocks))))
         given_NCD = states.unflatten(-1, (self._states, -1)) + self._slots
         if self._before is not None:
-            given_NCD[:blocks] += self._before[before_NC - NOTHING]
+            given_NCD[:blocks] += self._before[beside.before_NC - NOTHING]
+        if self._foretold is not None:
+            given_NCD[:blocks] += self._foretold(beside)
         last_ND = torch.zeros_like(given_NCD[:, 0])
         caches = [layer.cache(last_ND, slots) for layer in self._layers]
         written = torch.empty(blocks, slots, dtype=torch.long, device=states_NH.device)
@@ -56,6 +56,19 @@ class DepthWriter:
             written[:, number] = chosen
             last_ND = F.pad(self._codes[chosen], (0, 0, 0, len(last_ND) - blocks))
         return written
+
+
+class _Foretold:
+    def __init__(self, foretold: Foretold, packed: bool):
+        self._of = foretold.of
+        self._matrices = [self._padded(Product(layer.weight, packed=packed)) for layer in (foretold.up, foretold.across, foretold.down)]
+
+    def __call__(self, beside: Beside) -> torch.Tensor:
+        return self._of(beside, *self._matrices)
+
+    @staticmethod
+    def _padded(product: Product) -> Matrix:
+        return lambda rows: product(F.pad(rows, (0, 0, 0, max(0, product.least_rows - len(rows)))))[: len(rows)]
 
 
 class _Layer:

@@ -19,11 +19,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
+import numpy as np
 import torch
 
+from emu3_vla.documents import SAID
 from emu3_vla.generation.cache import CachedSequence, CachedTrunk
-from emu3_vla.generation.choosing import Ask, Chooser
+from emu3_vla.generation.choosing import Ask, Chooser, Seen
 from emu3_vla.generation.compiled import LONGEST, CompiledSteps
 from emu3_vla.generation.grammar import Block, Grammar, Item
 from emu3_vla.generation.items import Embedder, Prompt, items_of
@@ -58,10 +61,12 @@ class EngineConfig:
 
 
 class Lane:
-    """One row of the cache. held: the items in it. pending: items that must go in before the next can be asked for."""
+    """One row of the cache. held: the items in it. pending: items that must go in before the next can be asked for. texts: bool (ids,),
+    which ids are text."""
 
-    def __init__(self, sequence: CachedSequence):
+    def __init__(self, sequence: CachedSequence, texts: np.ndarray):
         self.sequence, self.held, self.pending = sequence, [], []
+        self._texts = texts
         self.busy = False
 
     def common(self, prompt: Sequence[Item]) -> int:
@@ -74,10 +79,12 @@ class Lane:
         self.keep(length)
         self.pending, self.busy = prompt[length:], True
 
-    def last(self, place: int, without: int) -> tuple[int, ...] | None:
-        """Codes of the last block at a place, the last `without` items left out; None where there is none."""
+    def seen(self, place: int, without: int) -> Seen:
+        """What is known of a block to come at a place, the last `without` items left out."""
         held = self.held[: len(self.held) - without]
-        return next((item.codes for item in reversed(held) if isinstance(item, Block) and item.place == place), None)
+        before = next((item.codes for item in reversed(held) if isinstance(item, Block) and item.place == place), ())
+        said = islice((item for item in reversed(held) if not isinstance(item, Block) and self._texts[item]), SAID)
+        return Seen(before, tuple(said)[::-1])
 
     def keep(self, length: int) -> None:
         self.sequence.truncate(length)
@@ -152,8 +159,8 @@ class Run:
         guided = {"negative": states[1], "scale": guidance.scale} if guidance else {}
         seen = {}
         if choice.place is not None:
-            names = ("before", "negative_before")[: len(self.lanes)]
-            seen = {name: lane.last(choice.place, len(self.guesses) - at) for name, lane in zip(names, self.lanes, strict=True)}
+            names = ("seen", "negative_seen")[: len(self.lanes)]
+            seen = {name: lane.seen(choice.place, len(self.guesses) - at) for name, lane in zip(names, self.lanes, strict=True)}
         return Ask(choice, self.request.sampling, len(self.written) - self.begin + at, states[0], **guided, **seen)
 
     def _write(self, item: Item) -> None:
@@ -228,7 +235,8 @@ class Engine:
         self._forward = self.trunk.extend_each
         if config.compile:
             self._forward = CompiledSteps(self.cache).extend_each
-        self._lanes = [Lane(sequence) for sequence in self.cache.sequences]
+        texts = np.zeros(0, bool) if vocabulary is None else vocabulary.is_text(np.arange(self._chooser.ids))
+        self._lanes = [Lane(sequence, texts) for sequence in self.cache.sequences]
         self._waiting: deque[tuple] = deque()  # (number, request, grammar, prompts, longest)
         self._running: list[Run] = []
         self._results: dict[int, Result] = {}

@@ -129,7 +129,7 @@ class ContextParallel:
 
 
 def _block_fields(batch: Batch) -> list[str]:
-    return [field.name for field in fields(batch) if field.name.endswith(("_N", "_NC")) and field.name != "block_at_N"]
+    return [field.name for field in fields(batch) if field.name.endswith(("_N", "_NC", "_NS")) and field.name != "block_at_N"]
 
 
 def _attention(

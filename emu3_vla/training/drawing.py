@@ -26,16 +26,16 @@ def draw(
     blank = [Image(grid.name, np.zeros((grid.rows, grid.columns), np.int64)) for grid in vocabulary.images]
     batch = collate([[Begin(), Text(caption), *blank] for caption in captions], vocabulary)
     blocks_BNC = batch.codes_NC.view(len(captions), -1, vocabulary.codes_per_block)
-    before_BNC = batch.before_NC.view_as(blocks_BNC)  # nothing: every image occurs once
-    asked_BN = batch.block_at_N.view(len(captions), -1) - 1
+    numbers_BN = torch.arange(len(batch.codes_NC)).view(len(captions), -1)
 
     def choose(logits: torch.Tensor) -> torch.Tensor:
         shares = (logits.float() / temperature).softmax(-1)
         return torch.multinomial(shares, 1, generator=generator).squeeze(1)
 
     for number in range(blocks_BNC.shape[1]):  # what is still blank comes later, and nothing sees what comes later
-        states = model.states(batch)[asked_BN[:, number]]
-        blocks_BNC[:, number] = model.depth.write(states, before_BNC[:, number], choose)
+        own = numbers_BN[:, number]
+        states = model.states(batch)[batch.block_at_N[own] - 1]
+        blocks_BNC[:, number] = model.depth.write(states, batch.beside(own), choose)
     return [_images(blocks.numpy(), vocabulary) for blocks in blocks_BNC]
 
 

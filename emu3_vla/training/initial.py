@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
@@ -15,7 +16,7 @@ from emu3_vla import attention, checkpoint
 from emu3_vla.checkpoint.folder import read_config
 from emu3_vla.checkpoint.hub import find_folder
 from emu3_vla.data.tokens import VISION, content_hash, hashes
-from emu3_vla.model import BlockEmu3ForCausalLM, PlainEmu3ForCausalLM, build_config, build_plain_config
+from emu3_vla.model import WAVES, BlockEmu3ForCausalLM, PlainEmu3ForCausalLM, build_config, build_plain_config, waves
 from emu3_vla.number_words import SpelledNumbers
 from emu3_vla.training.source import Source
 from emu3_vla.vocabulary import CompactVocabulary, Emu3Vocabulary, load_vocabulary
@@ -24,8 +25,7 @@ if TYPE_CHECKING:
     from emu3_vla.training.loop import TrainConfig
 
 PLACES, DEPTH_STATE, DEPTH_BEFORE = "blocks.places.weight", "depth.state.weight", "depth.before.weight"
-WAVES = 6
-"""Lengths of the waves that embeddings of numbers begin as: from four times the range, halved each time."""
+FORETOLD, FORETOLD_PLACES = "depth.foretold.", "depth.foretold.places.weight"
 OF_TRAINING = ("dropout", "hide_codes", "depth_noise")  # among model.*: another run may choose others
 
 
@@ -113,7 +113,19 @@ def outline(config: TrainConfig, source: Source) -> BlockEmu3ForCausalLM | Plain
     """The model that a run trains, before its weights."""
     if isinstance(source.vocabulary, Emu3Vocabulary):
         return PlainEmu3ForCausalLM(build_plain_config(source.vocabulary, **config.model.plain_arguments()))
-    return BlockEmu3ForCausalLM(build_config(source.vocabulary, **config.model.arguments()))
+    return BlockEmu3ForCausalLM(build_config(source.vocabulary, foretold=_foretold(config, source), **config.model.arguments()))
+
+
+def _foretold(config: TrainConfig, source: Source) -> list[list[int]]:
+    """Which ids its depth decoder reads as numbers that a picture was foretold in: those of the checkpoint that training starts from, and
+    where that has none, those of a model that foretells its pictures."""
+    given = getattr(read_config(find_folder(config.init_from) / checkpoint.MODEL), "foretold", ()) if config.init_from else ()
+    if given or not config.scene_first:
+        return list(given)
+    ids = [spelled.single_ids() for spelled in (source.states(), source.scenes()) if spelled]
+    if any(own is None or (np.diff(own) != 1).any() for own in ids):
+        return []  # words of several ids, or not one behind the other: the trunk alone reads those
+    return [[int(own[0]), int(own[-1]) + 1] for of_words in ids for own in of_words]
 
 
 def _given_weights(folder: Path, model: BlockEmu3ForCausalLM | PlainEmu3ForCausalLM, source: Source) -> dict[str, torch.Tensor]:
@@ -125,12 +137,18 @@ def _given_weights(folder: Path, model: BlockEmu3ForCausalLM | PlainEmu3ForCausa
     others = copy.deepcopy(model.config)
     written = read_config(folder / checkpoint.MODEL)
     others.num_places, others.state_per_code, others.recall = given.num_places, written.state_per_code, written.recall
+    others.foretold = written.foretold
     weights = checkpoint.load_weights(folder / checkpoint.MODEL, others, type(model))
     if not others.state_per_code:  # the same for every code, to begin with
         weights[DEPTH_STATE] = weights[DEPTH_STATE].repeat(others.codes_per_block, 1)
     if not others.recall:
         weights[DEPTH_BEFORE] = torch.zeros_like(model.depth.before.weight)
-    return weights | {PLACES: stretched_places(weights[PLACES], given, source.vocabulary)}
+    of_places = [name for name in (PLACES, FORETOLD_PLACES) if name in weights]
+    weights |= {name: stretched_places(weights[name], given, source.vocabulary) for name in of_places}
+    if model.depth.foretold is not None and not others.foretold:
+        model.depth.foretold.begin()
+        weights |= {name: weight for name, weight in model.state_dict().items() if name.startswith(FORETOLD)}
+    return weights
 
 
 def require_same_tokens(folder: Path, given: CompactVocabulary | Emu3Vocabulary, source: Source) -> None:
@@ -169,9 +187,8 @@ def start_numbers_smoothly(weight_VH: torch.Tensor, spelled: SpelledNumbers) -> 
         return
     scale, width = weight_VH.std(), weight_VH.shape[1]
     for row in torch.from_numpy(ids):
-        phases = torch.linspace(0, torch.pi, len(row))[:, None] * 2.0 ** torch.arange(-1, WAVES - 1)
-        waves = torch.cat([phases.sin(), phases.cos()], dim=1)
-        weight_VH[row] = scale * (waves @ torch.randn(waves.shape[1], width) / WAVES**0.5).to(weight_VH.dtype)
+        smooth = waves(len(row))
+        weight_VH[row] = scale * (smooth @ torch.randn(smooth.shape[1], width) / WAVES**0.5).to(weight_VH.dtype)
 
 
 def _require_same_states(folder: Path, source: Source) -> None:

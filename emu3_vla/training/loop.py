@@ -79,6 +79,7 @@ class ModelSizes:
     depth_layers: int = 2
     depth_heads: int = 4
     depth_noise: float = 0.0
+    foretold_size: int = 512
 
     def __post_init__(self):
         for heads, size in (("num_attention_heads", "hidden_size"), ("depth_heads", "depth_size")):
@@ -97,7 +98,7 @@ class ModelSizes:
 
     def plain_arguments(self) -> dict[str, Any]:
         """As keyword arguments of model.build_plain_config: without what blocks need."""
-        of_blocks = ("block_", "code_", "hide_", "depth_")
+        of_blocks = ("block_", "code_", "hide_", "depth_", "foretold_")
         return {name: value for name, value in self.arguments().items() if not name.startswith(of_blocks)}
 
 

@@ -188,7 +188,7 @@ class Objective(nn.Module):
             batch, chosen = part.predicted, torch.arange(len(part.predicted.block_at_N), device=chosen.device)
         sums, figures = figures_of.losses(_Stated(self.model, states_PH), batch, chosen, smoothing)
         if not chosen.numel():  # other ranks may have some, and all gather the depth decoder's weights together
-            sums[VISION] = sums[VISION] + self.model.depth(states_PH[:0], batch.codes_NC[:0], batch.before_NC[:0]).sum()
+            sums[VISION] = sums[VISION] + self.model.depth(states_PH[:0], batch.codes_NC[:0], batch.beside(slice(0))).sum()
         return sums, figures
 
 
@@ -203,5 +203,5 @@ class _Stated:
 
 
 def _without_targets(batch: Batch) -> Batch:
-    none = {field.name: getattr(batch, field.name)[:0] for field in fields(batch) if field.name.endswith(("_N", "_NC"))}
+    none = {field.name: getattr(batch, field.name)[:0] for field in fields(batch) if field.name.endswith(("_N", "_NC", "_NS"))}
     return replace(batch, targets_BL=torch.full_like(batch.targets_BL, IGNORE), **none)

@@ -179,8 +179,8 @@ def training_flops(model: BlockEmu3ForCausalLM, batch: Batch, chosen_blocks: int
     if not isinstance(model, BlockEmu3ForCausalLM):
         return 3.0 * (attention + trunk + head)
     blocks = 2 * len(batch.codes_NC) * _matrix_weights(model.blocks)
-    state = _matrix_weights(model.depth.state)  # a block's, once
-    depth = 2 * chosen_blocks * (state + batch.codes_NC.shape[1] * (_matrix_weights(model.depth) - state))
+    once = sum(_matrix_weights(part) for part in (model.depth.state, model.depth.foretold) if part is not None)  # of a block
+    depth = 2 * chosen_blocks * (once + batch.codes_NC.shape[1] * (_matrix_weights(model.depth) - once))
     return 3.0 * (attention + trunk + head + blocks + depth)
 
 

@@ -10,6 +10,7 @@ from emu3_vla.documents import (
     IGNORE,
     LENGTH_MULTIPLE,
     NOTHING,
+    SAID,
     ActionChunk,
     Begin,
     DocumentError,
@@ -62,6 +63,18 @@ def test_what_stood_at_a_place_before():
     assert third.tolist() == [[3, 2, 0, 0], [1, 0, 0, 0]]
     together = collate([document, document], V).before_NC
     assert together[:10].tolist() == together[10:].tolist() == lay_out(document, V).before.tolist()
+
+
+def test_what_was_said_before_a_block():
+    """The last text ids, in this document alone; other ids between do not count."""
+    document = [*DOCUMENT, Text([7]), Image("b", B_CODES), Text(range(10)), Text(range(10)), Text(range(10)), Image("b", B_CODES)]
+    said = lay_out(document, V).said
+    assert said.shape == (10, SAID)
+    assert said[:6].tolist() == [[NOTHING] * (SAID - 2) + [3, 4]] * 6
+    assert said[6:8].tolist() == [[NOTHING] * (SAID - 3) + [3, 4, 7]] * 2
+    assert said[8:].tolist() == [[4, 7, *range(10), *range(10), *range(10)][-SAID:]] * 2
+    after = [*DOCUMENT, Image("b", B_CODES)]
+    assert collate([document, after], V).said_NS[10:].tolist() == lay_out(after, V).said.tolist()
 
 
 def test_collate_pads_and_shifts():

@@ -1,6 +1,7 @@
 """The engine gives what one-at-a-time decoding by Transformers gives, whoever else is being answered."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,12 +11,13 @@ from block_models import block_model
 from transformers import GenerationConfig
 
 from emu3_vla.documents import NOTHING, ActionChunk, Image, OpenImage, Text, collate, from_blocks, parse, write
+from emu3_vla.generation import pieces
 from emu3_vla.generation.cache import CachedTrunk
 from emu3_vla.generation.drafts import repeat_last
 from emu3_vla.generation.engine import Engine, EngineConfig, PromptTooLong
-from emu3_vla.generation.grammar import Grammar, Ids
+from emu3_vla.generation.grammar import Block, Grammar, Ids
 from emu3_vla.generation.items import PromptError
-from emu3_vla.generation.pieces import free, image_codes
+from emu3_vla.generation.pieces import free, image, image_codes, literal
 from emu3_vla.generation.requests import INT8, Parallel, Request, RequestError
 from emu3_vla.generation.sampling import Guidance, Sampling
 from emu3_vla.vocabulary import Emu3Vocabulary
@@ -254,12 +256,32 @@ def test_blocks_are_written_as_the_depth_decoder_writes_them(shown, parallel):
         document = [*before, Image("a", codes), ActionChunk([0])]
         batch = collate([document], vocabulary)
         states = model.states(batch)
-        logits = model.depth(states[batch.block_at_N - 1], batch.codes_NC, batch.before_NC)
-        forgetful = model.depth(states[batch.block_at_N - 1], batch.codes_NC, torch.full_like(batch.before_NC, NOTHING))
+        logits = model.depth(states[batch.block_at_N - 1], batch.codes_NC, batch.beside())
+        nothing = replace(batch.beside(), before_NC=torch.full_like(batch.before_NC, NOTHING))
+        forgetful = model.depth(states[batch.block_at_N - 1], batch.codes_NC, nothing)
     np.testing.assert_array_equal(logits.argmax(-1)[-4:].numpy(), batch.codes_NC[-4:].numpy())
     assert torch.equal(logits[-4:], forgetful[-4:]) == (shown == 0), "what was there before matters"
     assert len(result.ids) == 16 and len(result.items) == 4
     assert result.finish == "end"
+
+
+@pytest.mark.parametrize("parallel", [None, Parallel(window=3, draft=repeat_last)])
+@pytest.mark.parametrize("told", [[2, 7], [7, 2]], ids=["numbers", "others"])
+def test_blocks_see_the_numbers_that_were_said_before(told, parallel):
+    """Those that the request itself wrote, not those before the picture before."""
+    model, vocabulary = block_model(foretold=[[0, 4], [4, 10]], foretold_size=16)
+    torch.nn.init.normal_(model.depth.foretold.down.weight)
+    shown = [Text([3, 1, 5]), Image("a", np.arange(16).reshape(4, 4) % 7)]
+    grammar = Grammar(pieces.sequence(literal(*told), image(vocabulary, 4, 4, "a")))
+    (result,) = Engine(model, vocabulary, SMALL).generate([Request(prompt=shown, grammar=grammar, parallel=parallel)])
+    codes = np.array([item.codes for item in result.items if isinstance(item, Block)])
+    batch = collate([[*shown, Text(told), Image("a", from_blocks(codes, 4, 4))]], vocabulary)
+    states = model.states(batch)[batch.block_at_N[4:] - 1]
+    known = batch.beside(slice(4, 8))
+    untold = replace(known, said_NS=torch.full_like(known.said_NS, NOTHING))
+    logits, others = (model.depth(states, batch.codes_NC[4:], each) for each in (known, untold))
+    np.testing.assert_array_equal(logits.argmax(-1).numpy(), codes)
+    assert torch.equal(logits, others) == (told == [7, 2])
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, seed=5)], ids=["greedy", "drawn"])

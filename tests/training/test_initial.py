@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import tiny_tokens
 import torch
+from block_models import beside
 from transformers import Emu3ForCausalLM
 
 from emu3_vla import checkpoint
 from emu3_vla.checkpoint import load
 from emu3_vla.data.tokens import ACTION, NORMALIZER, TEXT, VISION, TokenStore
-from emu3_vla.documents import IGNORE, NOTHING, Image, Text, pack
+from emu3_vla.documents import IGNORE, NOTHING, SAID, Image, Text, pack
 from emu3_vla.emu3_text import Emu3TextTokenizer
 from emu3_vla.model import BlockEmu3ForCausalLM, PlainEmu3ForCausalLM, build_config
 from emu3_vla.training import figures, initial
@@ -92,6 +93,26 @@ def test_a_shipped_checkpoint_is_started_from_by_its_name(tmp_path):
         initial.as_init_from(TrainConfig(tokens=str(tmp_path), init_from="calvin-e"))
 
 
+@pytest.fixture(scope="module")
+def felt_store(tmp_path_factory):
+    """A store that knows the arm's state and what there is to see."""
+    return tiny_tokens.tiny_store(tmp_path_factory.mktemp("felt"), asked=True, felt=True)
+
+
+def _save(folder, model, source, store):
+    checkpoint.save(
+        folder,
+        config=model.config,
+        weights=model.state_dict(),
+        vocabulary=source.vocabulary,
+        tokenizers=store.path,
+        policy=checkpoint.PolicySettings(
+            history=0, trained_history=0, horizon=10, action_dim=7, state=store.metadata.get("state"), scene=store.metadata.get("scene")
+        ),
+        provenance={},
+    )
+
+
 def test_an_older_depth_decoder_is_widened_and_writes_the_same(tiny_store, tmp_path):
     """Checkpoints of before each code read its own part of the state, and saw what was there before: parts begin as the one that there was,
     and what was there counts for nothing."""
@@ -99,21 +120,36 @@ def test_an_older_depth_decoder_is_widened_and_writes_the_same(tiny_store, tmp_p
     source = open_source(config.tokens, 4)
     torch.manual_seed(5)
     older = BlockEmu3ForCausalLM(build_config(source.vocabulary, state_per_code=False, recall=False, **config.model.arguments()))
-    checkpoint.save(
-        tmp_path / "older",
-        config=older.config,
-        weights=older.state_dict(),
-        vocabulary=source.vocabulary,
-        tokenizers=tiny_store.path,
-        policy=checkpoint.PolicySettings(history=0, trained_history=0, horizon=10, action_dim=7),
-        provenance={},
-    )
+    _save(tmp_path / "older", older, source, tiny_store)
     model = initial.new_model(config, source)
-    states, codes, before = torch.randn(5, model.config.hidden_size), torch.randint(0, 32, (5, 16)), torch.randint(NOTHING, 32, (5, 16))
+    states, codes = torch.randn(5, model.config.hidden_size), torch.randint(0, 32, (5, 16))
+    known = beside(torch.randint(NOTHING, 32, (5, 16)))
     assert model.depth.state.weight.shape[0] == 16 * older.depth.state.weight.shape[0]
-    torch.testing.assert_close(model.depth(states, codes, before), older.depth(states, codes, before))
+    torch.testing.assert_close(model.depth(states, codes, known), older.depth(states, codes, known))
     loaded = load(tmp_path / "older").model
-    assert torch.equal(loaded.depth(states, codes, before), older.depth(states, codes, before)), "and reads as it is"
+    assert torch.equal(loaded.depth(states, codes, known), older.depth(states, codes, known)), "and reads as it is"
+
+
+def test_a_checkpoint_that_foretells_gets_what_reads_its_words(felt_store, tmp_path):
+    """Ids of each number, state and scene; it begins by counting for nothing, and stays where a later run foretells nothing."""
+    whole = tiny_tokens.config(felt_store.path, tmp_path / "run", scene_first=True, context=448, mixture=MixtureConfig(film=1))
+    source = open_source(whole.tokens, 4)
+    older = BlockEmu3ForCausalLM(build_config(source.vocabulary, **whole.model.arguments()))
+    _save(tmp_path / "older", older, source, felt_store)
+    config = dataclasses.replace(whole, init_from=str(tmp_path / "older"))
+    model = initial.new_model(config, source)
+    bins = [tiny_tokens.STATE.bins] * len(tiny_tokens.STATE.names) + [tiny_tokens.SCENE.bins] * len(tiny_tokens.SCENE.names)
+    assert [stop - first for first, stop in model.config.foretold] == bins
+    said = torch.tensor([[first for first, _ in model.config.foretold]] * 5)
+    known = dataclasses.replace(beside(torch.randint(NOTHING, 32, (5, 16))), said_NS=torch.nn.functional.pad(said, (SAID - len(bins), 0)))
+    states, codes = torch.randn(5, model.config.hidden_size), torch.randint(0, 32, (5, 16))
+    assert torch.equal(model.depth(states, codes, known), older.depth(states, codes, known))
+
+    torch.nn.init.normal_(model.depth.foretold.down.weight)
+    _save(tmp_path / "newer", model, source, felt_store)
+    acts = dataclasses.replace(config, init_from=str(tmp_path / "newer"), scene_first=False, context=0, mixture=MixtureConfig())
+    again = initial.new_model(acts, source)
+    assert torch.equal(again.depth(states, codes, known), model.depth(states, codes, known))
 
 
 def test_stretching_is_linear():
