@@ -13,7 +13,7 @@ decoder, V ids.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,10 @@ from emu3_vla.vocabulary import CompactVocabulary, Emu3Vocabulary
 
 Matrix = Callable[[torch.Tensor], torch.Tensor]
 """A linear layer, or what computes the same."""
+
+FREQUENCIES = 7
+"""Of waves that foretold numbers are read as: 1 to 64 radians a metre or radian, whole numbers, since angles go round. The shortest is
+10 cm long."""
 
 
 class BlockEmu3Config(Emu3TextConfig):
@@ -46,19 +50,10 @@ class BlockEmu3Config(Emu3TextConfig):
     depth_heads: int = 4
     depth_noise: float = 0.0  # most of the codes before in a block that the depth decoder is shown wrong in training
     recall: bool = False  # the depth decoder sees the block that stood at its place in the picture before
-    foretold: list | tuple = ()  # ids of each number that is said before a picture, from .. to, which the depth decoder reads
+    foretold: list | tuple = ()  # numbers said before a picture that the depth decoder reads: of each the first of its ids, the one after
+    # its last, and which of these numbers it is relative to, or -1
     foretold_size: int = 512  # width of what it makes of them
     state_per_code: bool = False  # the depth decoder reads the trunk's state anew for each code of a block; without: the same for all
-
-
-WAVES = 6
-"""Lengths of the waves that embeddings of numbers begin as: from four times the range, halved each time."""
-
-
-def waves(bins: int) -> torch.Tensor:
-    """Embeddings of a number's bins in which neighbours are alike: float32 (bins, 2 × WAVES), sines and cosines."""
-    phases = torch.linspace(0, torch.pi, bins)[:, None] * 2.0 ** torch.arange(-1, WAVES - 1)
-    return torch.cat([phases.sin(), phases.cos()], dim=1)
 
 
 def build_config(vocabulary: CompactVocabulary, **sizes: Any) -> BlockEmu3Config:
@@ -95,7 +90,6 @@ class BlockEmu3ForCausalLM(Emu3ForCausalLM):
         self.depth = DepthDecoder(config)
         self.post_init()
         self.blocks.balance()
-        self.depth.begin()
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """One embedding per position: (B, L, H)."""
@@ -208,11 +202,6 @@ class DepthDecoder(nn.Module):
         self.norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
         self.head = nn.Linear(size, config.codebook_size, bias=False)
 
-    def begin(self) -> None:
-        """Begin with foretold numbers that count for nothing."""
-        if self.foretold is not None:
-            self.foretold.begin()
-
     def forward(self, states_NH: torch.Tensor, codes_NC: torch.Tensor, beside: Beside) -> torch.Tensor:
         """Logits of each code given the state, what is known of its block beside, and the codes written so far: (N, C, codebook_size)."""
         return self._logits(states_NH, self._misread(codes_NC[:, :-1]), beside)
@@ -258,34 +247,36 @@ class Foretold(nn.Module):
 
     Where things are and how they stand is in the words, and which of it a code shows depends on its place alone, so this is a function of
     both: numbers → what they mean together → what of it is at a place → a part of each code's input. Where the last text is something
-    else, nothing is added.
+    else, nothing is added. A number is read as waves of it. Phases of a wave add where waves are multiplied, so a way from the tool is read
+    as a place in the world, too, without being learnt.
     """
 
     def __init__(self, config: BlockEmu3Config):
         super().__init__()
-        first, stop = zip(*config.foretold, strict=True)
+        first, stop, relative = zip(*config.foretold, strict=True)
         if len(first) > SAID:
             raise ValueError(f"{len(first)} numbers are foretold, expected at most {SAID}")
-        self.bounds, sizes = (first, stop), [after - begin for begin, after in config.foretold]
+        self.bounds, sizes = (first, stop), [end - begin for begin, end in zip(first, stop, strict=True)]
         self.starts = [sum(sizes[:number]) for number in range(len(sizes))]
-        self.ends = [*self.starts[1:], sum(sizes)]
-        hidden, width, slots = config.foretold_size, 2 * WAVES, config.codes_per_block
-        self.words = nn.Embedding(sum(sizes), width)
-        self.up = nn.Linear(len(sizes) * width, hidden, bias=False)
+        self.relative = [number for number, to in enumerate(relative) if to >= 0]
+        self.bases = [relative[number] for number in self.relative]
+        hidden = config.foretold_size
+        self.words = nn.Embedding(sum(sizes), 2 * FREQUENCIES)
+        self.up = nn.Linear((len(sizes) + len(self.relative)) * 2 * FREQUENCIES, hidden, bias=False)
         self.norm = nn.RMSNorm(hidden, eps=config.rms_norm_eps)
         self.across = nn.Linear(hidden, hidden, bias=False)
         self.places = nn.Embedding(config.num_places, hidden)
-        self.down = nn.Linear(hidden, slots * config.depth_size, bias=False)
-        self.slots = slots
+        self.down = nn.Linear(hidden, config.codes_per_block * config.depth_size, bias=False)
+        self.slots = config.codes_per_block
 
     @torch.no_grad()
-    def begin(self) -> None:
-        """Neighbouring bins alike, and no part in what is written yet."""
-        for start, end in zip(self.starts, self.ends, strict=True):
-            self.words.weight[start:end] = waves(end - start)
+    def begin(self, values: Sequence[torch.Tensor]) -> None:
+        """Begin with waves of the numbers' values, and with no part in what is written. values: of each number, those of its words."""
+        phases = torch.cat([*values]).float()[:, None] * 2.0 ** torch.arange(FREQUENCIES)
+        self.words.weight.copy_(torch.cat([phases.sin(), phases.cos()], dim=1))
         self.places.weight.normal_()
-        self.across.weight.normal_(0, len(self.across.weight) ** -0.5)
-        self.up.weight.normal_(0, self.up.weight.shape[1] ** -0.5)
+        for layer in (self.up, self.across):
+            layer.weight.normal_(0, layer.in_features**-0.5)
         self.down.weight.zero_()
 
     def forward(self, beside: Beside) -> torch.Tensor:
@@ -298,9 +289,17 @@ class Foretold(nn.Module):
         said_NS = beside.said_NS[:, -len(first_S) :]
         are_words_N1 = ((said_NS >= first_S) & (said_NS < stop_S)).all(1, keepdim=True)
         rows_NS = (said_NS - first_S).where(are_words_N1, 0) + torch.tensor(self.starts, device=said_NS.device)
-        together = self.norm(F.relu(up(self.words(rows_NS).flatten(1))).square())
+        together = self.norm(F.relu(up(self._waves(rows_NS))).square())
         here = F.relu(across(together) + self.places(beside.places_N)).square()
         return (down(here) * are_words_N1).unflatten(-1, (self.slots, -1))
+
+    def _waves(self, rows_NS: torch.Tensor) -> torch.Tensor:
+        """Of all numbers, and of those that are relative to another in the world."""
+        said = self.words(rows_NS)
+        sine, cosine = said.chunk(2, dim=-1)
+        (sine_by, cosine_by), (sine_from, cosine_from) = ((sine[:, at], cosine[:, at]) for at in (self.relative, self.bases))
+        placed = [sine_by * cosine_from + cosine_by * sine_from, cosine_by * cosine_from - sine_by * sine_from]
+        return torch.cat([said, torch.cat(placed, dim=-1)], dim=1).flatten(1)
 
 
 class DepthLayer(nn.Module):

@@ -35,7 +35,9 @@ class NumberWordsError(ValueError):
 class NumberWords:
     """S numbers by name, and the range of each that is cut into `bins`; what lies beyond falls into the last one.
 
-    powers: bins are equally wide in sign(v)·|v|^power; below 1 they are finer near zero. None given: 1 for each.
+    powers: bins are equally wide in sign(v)·|v|^power; below 1 they are finer near zero. None given: 1 for each. relative: of each the name
+    of the number, of these or of the arm's state, that it must be added to for its place or heading in the world; empty where there is
+    none. None given: empty for each.
     """
 
     names: tuple[str, ...]
@@ -43,8 +45,11 @@ class NumberWords:
     high: tuple[float, ...]
     bins: int = BINS
     powers: tuple[float, ...] = ()
+    relative: tuple[str, ...] = ()
 
     def __post_init__(self):
+        if self.relative and len(self.relative) != len(self.names):
+            raise NumberWordsError(f"relative is {self.relative}, expected {len(self.names)} names, or none")
         if self.powers and (len(self.powers) != len(self.names) or not all(0 < power <= 1 for power in self.powers)):
             raise NumberWordsError(f"powers are {self.powers}, expected {len(self.names)} above 0 and up to 1, or none")
         if not self.names or len(set(self.names)) != len(self.names):
@@ -56,10 +61,17 @@ class NumberWords:
                 raise NumberWordsError(f"the range of {name} is [{low}, {high}], expected two numbers, the first below the second")
 
     @classmethod
-    def within(cls, limits: Mapping[str, tuple[float, float]], bins: int = BINS, powers: Mapping[str, float] | None = None) -> Self:
-        """Of numbers whose ranges are known. powers: of those that have one below 1."""
+    def within(
+        cls,
+        limits: Mapping[str, tuple[float, float]],
+        bins: int = BINS,
+        powers: Mapping[str, float] | None = None,
+        relative: Mapping[str, str] | None = None,
+    ) -> Self:
+        """Of numbers whose ranges are known. powers: of those that have one below 1. relative: of those that are."""
         low, high = (tuple(float(limit[side]) for limit in limits.values()) for side in (0, 1))
-        return cls(tuple(limits), low, high, bins, tuple(float(powers.get(name, 1)) for name in limits) if powers else ())
+        of_each = tuple(float(powers.get(name, 1)) for name in limits) if powers else ()
+        return cls(tuple(limits), low, high, bins, of_each, tuple(relative.get(name, "") for name in limits) if relative else ())
 
     def numbers(self, values: np.ndarray) -> np.ndarray:
         """Bins of values (..., S): uint16 (..., S). Raises NumberWordsError for one that is not finite, or for another count."""
@@ -100,14 +112,14 @@ class NumberWords:
     def fields(self) -> dict[str, Any]:
         """As plain values, for a manifest."""
         plain = {"names": list(self.names), "low": list(self.low), "high": list(self.high), "bins": self.bins}
-        return plain | ({"powers": list(self.powers)} if self.powers else {})
+        return plain | {name: list(values) for name in ("powers", "relative") if (values := getattr(self, name))}
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> Self:
         """From what `fields` gave. Raises NumberWordsError."""
         try:
             low, high = tuple(fields["low"]), tuple(fields["high"])
-            return cls(tuple(fields["names"]), low, high, fields["bins"], tuple(fields.get("powers", ())))
+            return cls(tuple(fields["names"]), low, high, fields["bins"], *(tuple(fields.get(name, ())) for name in ("powers", "relative")))
         except (TypeError, KeyError) as error:
             raise NumberWordsError(f"{fields} does not say how numbers are put into words: {error}") from error
 

@@ -87,11 +87,12 @@ def test_losses_look_at_supervised_positions(model):
     assert right.tolist() == (logits.argmax(-1) == targets).tolist()
 
 
-FORETOLD = [[0, 4], [4, 10]]
+FORETOLD = [[0, 4, -1], [4, 10, 0]]
 
 
 def test_numbers_said_before_a_block_are_read_by_its_place():
     model = block_model(foretold=FORETOLD, foretold_size=16)[0]
+    model.depth.foretold.begin([torch.linspace(0, 1, 4), torch.linspace(-1, 1, 6)])
     said = torch.full((4, SAID), NOTHING)
     said[:, -2:] = torch.tensor([[1, 8], [1, 9], [8, 1], [NOTHING, 1]])  # the last two are no numbers of these
     known = Beside(before_NC=torch.zeros(4, 4, dtype=torch.long), places_N=torch.zeros(4, dtype=torch.long), said_NS=said)
@@ -106,9 +107,20 @@ def test_numbers_said_before_a_block_are_read_by_its_place():
     assert not torch.allclose(logits[0], logits[1]) and torch.equal(logits[2], logits[3])
 
 
+def test_a_number_from_another_is_read_in_the_world_too():
+    """Its waves are those of the sum of both."""
+    reads = block_model(foretold=FORETOLD, foretold_size=16)[0].depth.foretold
+    first, second = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([-0.3, -0.2, -0.1, 0.0, 0.1, 0.2])
+    reads.begin([first, second])
+    rows = torch.tensor([[1, 4 + 5], [3, 4 + 3]])  # 0.2 + 0.2 and 0.4 + 0.0
+    waves = reads._waves(rows).view(2, 3, -1)
+    torch.testing.assert_close(waves[0, 2], waves[1, 2])
+    torch.testing.assert_close(waves[:, 2], waves[1, :1].expand(2, -1))
+
+
 def test_too_many_numbers_cannot_be_foretold():
     with pytest.raises(ValueError, match="33 numbers are foretold, expected at most 32"):
-        block_model(foretold=[[0, 2]] * 33)
+        block_model(foretold=[[0, 2, -1]] * 33)
 
 
 def test_block_loss_reads_the_state_before_the_block(model):

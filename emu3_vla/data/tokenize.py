@@ -158,7 +158,7 @@ class Questioner(Protocol):
 
 class Viewer(Protocol):
     """Made with the name of a scene; says what there is to see at a moment: numbers within `limits`, in that order, cut into `bins`
-    with those `powers`; see NumberWords."""
+    with those `powers`; see NumberWords. One that tells places from the tool may have `relative` too: number -> entry of the arm's state."""
 
     limits: Mapping[str, tuple[float, float]]
     powers: Mapping[str, float]
@@ -438,7 +438,7 @@ def _scene_words(config: TokenizeConfig) -> NumberWords | None:
     if config.scene == BY_CHECKPOINT:
         return NumberWords.of(config.settings.scene)
     kind = viewer(config.scene)
-    return NumberWords.within(kind.limits, kind.bins, kind.powers)
+    return NumberWords.within(kind.limits, kind.bins, kind.powers, getattr(kind, "relative", None))
 
 
 def _state_words(config: TokenizeConfig, sources: Sources) -> StateWords | None:

@@ -16,7 +16,7 @@ from emu3_vla import attention, checkpoint
 from emu3_vla.checkpoint.folder import read_config
 from emu3_vla.checkpoint.hub import find_folder
 from emu3_vla.data.tokens import VISION, content_hash, hashes
-from emu3_vla.model import WAVES, BlockEmu3ForCausalLM, PlainEmu3ForCausalLM, build_config, build_plain_config, waves
+from emu3_vla.model import BlockEmu3ForCausalLM, PlainEmu3ForCausalLM, build_config, build_plain_config
 from emu3_vla.number_words import SpelledNumbers
 from emu3_vla.training.source import Source
 from emu3_vla.vocabulary import CompactVocabulary, Emu3Vocabulary, load_vocabulary
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 PLACES, DEPTH_STATE, DEPTH_BEFORE = "blocks.places.weight", "depth.state.weight", "depth.before.weight"
 FORETOLD, FORETOLD_PLACES = "depth.foretold.", "depth.foretold.places.weight"
+WAVES = 6
+"""Lengths of the waves that embeddings of numbers begin as: from four times the range, halved each time."""
 OF_TRAINING = ("dropout", "hide_codes", "depth_noise")  # among model.*: another run may choose others
 
 
@@ -42,6 +44,8 @@ def new_model(config: TrainConfig, source: Source) -> BlockEmu3ForCausalLM | Pla
     elif config.codes_from_tokenizer and isinstance(model, BlockEmu3ForCausalLM):
         vision = source.store.tokenizers().vision
         model.blocks.start_from_codebook(vision.vectors(torch.arange(vision.codebook_size)))
+    if not config.init_from and isinstance(model, BlockEmu3ForCausalLM):
+        _begin_foretold(model, source)
     for spelled in (source.states(), source.scenes()):
         if spelled and not config.init_from:
             start_numbers_smoothly(model.model.embed_tokens.weight, spelled)
@@ -117,15 +121,30 @@ def outline(config: TrainConfig, source: Source) -> BlockEmu3ForCausalLM | Plain
 
 
 def _foretold(config: TrainConfig, source: Source) -> list[list[int]]:
-    """Which ids its depth decoder reads as numbers that a picture was foretold in: those of the checkpoint that training starts from, and
-    where that has none, those of a model that foretells its pictures."""
+    """What its depth decoder reads as numbers that a picture was foretold in (BlockEmu3Config): as in the checkpoint that training starts
+    from, and where that does not, what a model that foretells its pictures says."""
     given = getattr(read_config(find_folder(config.init_from) / checkpoint.MODEL), "foretold", ()) if config.init_from else ()
     if given or not config.scene_first:
         return list(given)
-    ids = [spelled.single_ids() for spelled in (source.states(), source.scenes()) if spelled]
+    ids = [spelled.single_ids() for spelled in _said_before_pictures(source)]
     if any(own is None or (np.diff(own) != 1).any() for own in ids):
         return []  # words of several ids, or not one behind the other: the trunk alone reads those
-    return [[int(own[0]), int(own[-1]) + 1] for of_words in ids for own in of_words]
+    names = [name for spelled in _said_before_pictures(source) for name in spelled.words.names]
+    relative = [to for spelled in _said_before_pictures(source) for to in spelled.words.relative or [""] * len(spelled.words.names)]
+    bounds = [(int(own[0]), int(own[-1]) + 1) for of_words in ids for own in of_words]
+    return [[*own, names.index(to) if to in names else -1] for own, to in zip(bounds, relative, strict=True)]
+
+
+def _said_before_pictures(source: Source) -> list[SpelledNumbers]:
+    return [spelled for spelled in (source.states(), source.scenes()) if spelled]
+
+
+def _begin_foretold(model: BlockEmu3ForCausalLM, source: Source) -> None:
+    """New weights that read foretold numbers, where the model has some."""
+    if model.depth.foretold is not None:
+        words = [spelled.words for spelled in _said_before_pictures(source)]
+        tables = [own.values(np.arange(own.bins)[:, None].repeat(len(own.names), 1)) for own in words]
+        model.depth.foretold.begin([torch.from_numpy(column) for table in tables for column in table.T])
 
 
 def _given_weights(folder: Path, model: BlockEmu3ForCausalLM | PlainEmu3ForCausalLM, source: Source) -> dict[str, torch.Tensor]:
@@ -145,8 +164,8 @@ def _given_weights(folder: Path, model: BlockEmu3ForCausalLM | PlainEmu3ForCausa
         weights[DEPTH_BEFORE] = torch.zeros_like(model.depth.before.weight)
     of_places = [name for name in (PLACES, FORETOLD_PLACES) if name in weights]
     weights |= {name: stretched_places(weights[name], given, source.vocabulary) for name in of_places}
-    if model.depth.foretold is not None and not others.foretold:
-        model.depth.foretold.begin()
+    if not others.foretold:
+        _begin_foretold(model, source)
         weights |= {name: weight for name, weight in model.state_dict().items() if name.startswith(FORETOLD)}
     return weights
 
@@ -187,8 +206,9 @@ def start_numbers_smoothly(weight_VH: torch.Tensor, spelled: SpelledNumbers) -> 
         return
     scale, width = weight_VH.std(), weight_VH.shape[1]
     for row in torch.from_numpy(ids):
-        smooth = waves(len(row))
-        weight_VH[row] = scale * (smooth @ torch.randn(smooth.shape[1], width) / WAVES**0.5).to(weight_VH.dtype)
+        phases = torch.linspace(0, torch.pi, len(row))[:, None] * 2.0 ** torch.arange(-1, WAVES - 1)
+        waves = torch.cat([phases.sin(), phases.cos()], dim=1)
+        weight_VH[row] = scale * (waves @ torch.randn(waves.shape[1], width) / WAVES**0.5).to(weight_VH.dtype)
 
 
 def _require_same_states(folder: Path, source: Source) -> None:
@@ -197,10 +217,15 @@ def _require_same_states(folder: Path, source: Source) -> None:
     for name, what in (("state", "the arm's state"), ("scene", "what there is to see")):
         wanted = source.store.metadata.get(name)
         # Recordings need not know what there was to see: then the model acts without saying it.
-        if given.get(name) != wanted and (name == "state" or (given.get(name) and wanted)):
+        if _without_relations(given.get(name)) != _without_relations(wanted) and (name == "state" or (given.get(name) and wanted)):
             raise ForeignTokens(
                 f"init_from={folder} says {what} as {given.get(name)}, the token store {source.store} as {wanted}; tokenize with the same"
             )
+
+
+def _without_relations(fields: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What decides which words are said, which a number's relation to another does not."""
+    return fields and {name: value for name, value in fields.items() if name != "relative"}
 
 
 def stretched_places(weight_PH: torch.Tensor, given: CompactVocabulary, wanted: CompactVocabulary) -> torch.Tensor:

@@ -35,6 +35,12 @@ class SceneNumbers:
     } | {f"{color}_{side}": limits for color in COLORS for side, limits in (_WAY | {"turn": (-pi / 2, pi / 2)}).items()}
     """Range of each number: metres, radians, lamps 0 or 1."""
     powers: ClassVar[dict[str, float]] = {f"{color}_{side}": _FINER_NEAR for color in COLORS for side in _WAY}
+    relative: ClassVar[dict[str, str]] = {
+        f"{color}_{side}": tool
+        for color in COLORS
+        for side, tool in {"right": "x", "forward": "y", "up": "z", "turn": "yaw"}.items()
+    }
+    """Which entry of the arm's state each way and turn begins at."""
 
     def __init__(self, scene: str = "D"):
         self._arm = Arm(scene)

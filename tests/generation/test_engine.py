@@ -269,7 +269,7 @@ def test_blocks_are_written_as_the_depth_decoder_writes_them(shown, parallel):
 @pytest.mark.parametrize("told", [[2, 7], [7, 2]], ids=["numbers", "others"])
 def test_blocks_see_the_numbers_that_were_said_before(told, parallel):
     """Those that the request itself wrote, not those before the picture before."""
-    model, vocabulary = block_model(foretold=[[0, 4], [4, 10]], foretold_size=16)
+    model, vocabulary = block_model(foretold=[[0, 4, -1], [4, 10, 0]], foretold_size=16)
     torch.nn.init.normal_(model.depth.foretold.down.weight)
     shown = [Text([3, 1, 5]), Image("a", np.arange(16).reshape(4, 4) % 7)]
     grammar = Grammar(pieces.sequence(literal(*told), image(vocabulary, 4, 4, "a")))

@@ -139,8 +139,8 @@ def test_a_checkpoint_that_foretells_gets_what_reads_its_words(felt_store, tmp_p
     config = dataclasses.replace(whole, init_from=str(tmp_path / "older"))
     model = initial.new_model(config, source)
     bins = [tiny_tokens.STATE.bins] * len(tiny_tokens.STATE.names) + [tiny_tokens.SCENE.bins] * len(tiny_tokens.SCENE.names)
-    assert [stop - first for first, stop in model.config.foretold] == bins
-    said = torch.tensor([[first for first, _ in model.config.foretold]] * 5)
+    assert [stop - first for first, stop, _ in model.config.foretold] == bins
+    said = torch.tensor([[first for first, _, _ in model.config.foretold]] * 5)
     known = dataclasses.replace(beside(torch.randint(NOTHING, 32, (5, 16))), said_NS=torch.nn.functional.pad(said, (SAID - len(bins), 0)))
     states, codes = torch.randn(5, model.config.hidden_size), torch.randint(0, 32, (5, 16))
     assert torch.equal(model.depth(states, codes, known), older.depth(states, codes, known))
