@@ -158,7 +158,7 @@ class Questioner(Protocol):
 
 class Viewer(Protocol):
     """Made with the name of a scene; says what there is to see at a moment: numbers within `limits`, in that order, cut into `bins`
-    with those `powers`; see NumberWords. One that tells places from the tool may have `relative` too: number -> entry of the arm's state."""
+    with those `powers`; see NumberWords. One that tells places from the tool may have `relative`, number -> entry of the arm's state."""
 
     limits: Mapping[str, tuple[float, float]]
     powers: Mapping[str, float]
