@@ -56,8 +56,9 @@ def main() -> None:
     parser.add_argument("--decisions", type=int, default=100)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model's arithmetic")
     parser.add_argument("--int8-draft", action="store_true", help="let a copy of the trunk in int8 guess action ids")
+    parser.add_argument("--lossy", type=int, help="let guesses at action ids count as right after so many rounds")
     arguments = parser.parse_args()
-    policy = policies.load(arguments.policy, dtype=arguments.dtype, int8_draft=arguments.int8_draft)
+    policy = policies.load(arguments.policy, dtype=arguments.dtype, int8_draft=arguments.int8_draft, lossy=arguments.lossy)
     decide(policy, DECISIONS_A_START)  # the first decisions of a process prepare kernels and memory
     figures = decide(policy, arguments.decisions)
     machine = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"

@@ -133,6 +133,7 @@ class PolicyOptions:
     device: str | None = None  # cpu, cuda, cuda:1
     dtype: str | None = None  # float32 or bfloat16
     int8_draft: bool | None = None  # speculative decoding: a copy in int8 guesses; the same action ids, on a CPU sooner
+    lossy: int | None = None  # rounds after which guesses at action ids count as right: sooner, and other ids
 
     def given(self) -> dict[str, Any]:
         """Those that are not left to the policy."""

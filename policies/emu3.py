@@ -57,6 +57,7 @@ class Emu3Policy:
     depends on it.
     dtype: "float32" or "bfloat16", of the model's arithmetic.
     int8_draft: let a copy of the trunk in int8 guess action ids, which the trunk verifies; the ids are the same, on a CPU sooner.
+    lossy: let guesses at action ids count as right after so many rounds: sooner, and not what the model would have written. None: never.
     Raises what emu3_vla.load raises, and ValueError for an option that cannot be.
     """
 
@@ -71,6 +72,7 @@ class Emu3Policy:
         threads: int = 1,
         workers: int = 1,
         int8_draft: bool = False,
+        lossy: int | None = None,
         seed: int = 0,
     ):
         if dtype not in DTYPES:
@@ -104,7 +106,7 @@ class Emu3Policy:
             from emu3_vla.generation.int8_draft import Int8Trunk  # Numba takes a while to import
 
             draft = Int8Trunk(self.checkpoint.model)
-        self._writer = ActionWriter(self.checkpoint.model, vocabulary, grammar, temperature, draft=draft)
+        self._writer = ActionWriter(self.checkpoint.model, vocabulary, grammar, temperature, draft=draft, lossy=lossy)
         self._words = WordWriter(self.checkpoint.model, self.scenes) if self.scenes else None
         self._trunk = CachedTrunk(self.checkpoint.model)
         self._begin_action = self.checkpoint.model.model.embed_tokens.weight[[vocabulary.begin_action]].detach()

@@ -76,6 +76,7 @@ class DecodingOptions(CheckpointOptions):
     guidance: float = 1.0  # scale of classifier-free guidance; 1: none; Emu3's published pictures are drawn with 3
     negative: str = ""  # a prompt that guidance moves away from; empty: the null prompt
     parallel: int = 0  # guesses verified at once: the same result, sooner on some machines; 0: one id at a time
+    lossy: int = 0  # rounds after which these guesses count as right: sooner, and another result; 0: never
     samples: int = 1  # of what is filmed or foreseen, drawn at temperature=; the one nearest to all is kept
 
     def __post_init__(self):
@@ -92,6 +93,7 @@ class DecodingOptions(CheckpointOptions):
             guidance=self.guidance,
             negative=self.negative,
             parallel=self.parallel,
+            lossy=self.lossy,
             samples=self.samples,
         )
 

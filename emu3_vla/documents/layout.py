@@ -76,9 +76,6 @@ class Beside:
     places_N: torch.Tensor
     said_NS: torch.Tensor
 
-    def __len__(self) -> int:
-        return len(self.places_N)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:

@@ -2,7 +2,8 @@
 
 Where the likeliest ids are taken, several are written in one pass: guesses stand as far as they are what would have been written one by
 one, and what the model says behind a wrong one is the next guess (Jacobi decoding, arXiv 2305.10427). A copy of the trunk in int8 guesses
-better (speculative decoding; emu3_vla.generation.int8_draft). The ids are the same.
+better (speculative decoding; emu3_vla.generation.int8_draft). The ids are the same. `lossy` alone gives that up: guesses that were computed
+anew so many times count as written, also behind one that changed.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ WINDOW, DRAFT_WINDOW = 7, 15
 class WrittenChunk:
     """ids: action ids, end of chunk not among them. entropy: of each id's choice, in nats, after masking.
 
-    probability: of the ids written, each given those before it, multiplied together; masked and at temperature 1.
+    probability: of the ids written, each given those before it, multiplied together; masked and at temperature 1. With `lossy` both are
+    given the guesses that each id was chosen behind.
     """
 
     ids: list[int]
@@ -45,19 +47,23 @@ class WrittenChunk:
 @dataclass
 class Chunk:
     """A chunk as far as it is written. state: the grammar's. guess: of all ids, those written included. ahead: guesses that stand in the
-    sequence behind the id last written, or behind "begin of action"."""
+    sequence behind the id last written, or behind "begin of action". unread: the last of the ids, which the sequence does not hold yet.
+    rounds: how often what is ahead was computed."""
 
     state: int
     guess: list[int]
     ahead: list[int] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
+    unread: int = 0
+    rounds: int = 0
     entropy: list[float] = field(default_factory=list)
     log_probability: float = 0.0
     prefix: CommittedPrefix | None = None
 
 
 class ActionWriter:
-    """Decodes chunks of one shape with one model. temperature 0 takes the likeliest id that is permitted. draft: writes guesses."""
+    """Decodes chunks of one shape with one model. temperature 0 takes the likeliest id that is permitted. draft: writes guesses. lossy:
+    after so many rounds guesses count as right, at temperature 0; None: the ids are those of one at a time."""
 
     def __init__(
         self,
@@ -67,20 +73,25 @@ class ActionWriter:
         temperature: float = 0.0,
         *,
         draft: Int8Trunk | None = None,
+        lossy: int | None = None,
     ):
         if temperature < 0:
             raise ValueError(f"temperature is {temperature}, expected at least 0")
+        if lossy is not None and (lossy < 1 or draft is not None or temperature):
+            raise ValueError(
+                f"lossy is {lossy}, expected at least 1 round, at temperature=0 and without int8_draft, or None for exact results"
+            )
         start, end = vocabulary.action_start, vocabulary.end_of_chunk + 1
         self._head = Product(model.lm_head.weight[start:end])
         self._embeddings = model.model.embed_tokens.weight[start:end].detach()
-        self._grammar, self._temperature, self._draft = grammar, temperature, draft
+        self._grammar, self._temperature, self._draft, self._lossy = grammar, temperature, draft, lossy
         self._refused = torch.from_numpy(~grammar.mask_rows).to(self._embeddings.device)
 
     def write(self, sequence: CachedSequence, state_H: torch.Tensor, generator: torch.Generator | None = None) -> WrittenChunk:
         """Write until the chunk is whole. state_H: the trunk's state after "begin of action"; generator: for temperature above 0.
 
-        The sequence then holds all ids but the last: nothing was asked after it, and end of chunk is all that may follow.
-        Raises DecodingFailed.
+        The sequence then holds all ids but the last: nothing was asked after it, and end of chunk is all that may follow. With `lossy` it
+        may lack more of them. Raises DecodingFailed.
         """
         return self.write_each([sequence], [self.begin()], [state_H[None]], [generator])[0]
 
@@ -124,8 +135,9 @@ class ActionWriter:
             for number in unfinished if self._draft and not self._temperature else ():
                 if chunks[number].prefix is None:
                     chunks[number].ahead = self._guessed(chunks[number], sequences[number])
-            following = [self._embeddings[[chunks[number].ids[-1], *chunks[number].ahead]] for number in unfinished]
-            states = sequences[0].trunk.extend_each([(sequences[number], rows) for number, rows in zip(unfinished, following, strict=True)])
+            following = [self._embeddings[_following(chunks[number])] for number in unfinished]
+            read = sequences[0].trunk.extend_each([(sequences[number], rows) for number, rows in zip(unfinished, following, strict=True)])
+            states = [rows[-1 - len(chunks[number].ahead) :] for number, rows in zip(unfinished, read, strict=True)]
 
     def _logits(self, states_SH: torch.Tensor) -> torch.Tensor:
         """Of the ids of actions and end of chunk: float32 (S, V + 1). In LEAST_ROWS rows or more, see there."""
@@ -159,10 +171,15 @@ class ActionWriter:
         return list(accumulate(chunk.ahead, self._grammar.advance, initial=chunk.state))
 
     def _take(self, chunk: Chunk, sequence: CachedSequence, choices: list[tuple[int, float, float]]) -> None:
-        """Chosen ids, each with its log-probability and entropy: the first is certain, each other is if the guess before it was right."""
+        """Chosen ids, each with its log-probability and entropy: the first is certain, each other is if the guess before it was right, or
+        where enough rounds were made, as far as the grammar lets it stand."""
         written, ahead = len(chunk.ids), chunk.ahead
         right = next((at for at, guess in enumerate(ahead) if guess != choices[at][0]), len(ahead))
-        for index, log_p, entropy in choices[: right + 1]:
+        chunk.rounds += 1
+        enough = self._lossy is not None and chunk.rounds >= self._lossy
+        for at, (index, log_p, entropy) in enumerate(choices):
+            if at > right and not (enough and self._stands(chunk.state, index)):
+                break
             chunk.ids.append(index)
             chunk.entropy.append(entropy)
             chunk.log_probability += log_p
@@ -171,8 +188,14 @@ class ActionWriter:
             chunk.state = self._grammar.advance(chunk.state, index)
         # What was put in behind the last right guess is of a chunk that is not written.
         sequence.truncate(sequence.length - (len(ahead) - right))
+        chunk.unread = len(chunk.ids) - written - right
+        chunk.rounds = 0 if enough else chunk.rounds
         chunk.guess[written : written + len(choices)] = [index for index, _, _ in choices]
         chunk.ahead = self._permitted(chunk)
+
+    def _stands(self, state: int, index: int) -> bool:
+        """Whether the grammar lets an id follow in this state."""
+        return not self._grammar.is_finished(state) and bool(self._grammar.mask(state)[index])
 
     def _guessed(self, chunk: Chunk, sequence: CachedSequence) -> list[int]:
         """What the draft would write next, to the chunk's end or as far as the window goes."""
@@ -193,7 +216,7 @@ class ActionWriter:
         if self._temperature or chunk.prefix is not None:
             return ahead
         for index in chunk.guess[len(chunk.ids) : len(chunk.ids) + WINDOW]:
-            if self._grammar.is_finished(state) or not self._grammar.mask(state)[index]:
+            if not self._stands(state, index):
                 break
             state = self._grammar.advance(state, index)
             if self._grammar.is_finished(state):
@@ -214,6 +237,11 @@ class ActionWriter:
             return log_p_SV.argmax(1).tolist()
         shares_SV = (log_p_SV / self._temperature).softmax(1)
         return [int(torch.multinomial(row, 1, generator=own)) for row, own in zip(shares_SV, generators, strict=True)]
+
+
+def _following(chunk: Chunk) -> list[int]:
+    """What goes through the trunk next: the ids that it has not seen, and the guesses behind them."""
+    return [*chunk.ids[len(chunk.ids) - chunk.unread :], *chunk.ahead]
 
 
 def _heeding(prefix: CommittedPrefix, log_p: torch.Tensor) -> torch.Tensor:

@@ -55,11 +55,14 @@ class Decoding:
     guidance: float = 1.0  # scale of classifier-free guidance; 1: none
     negative: str = ""  # what guidance moves away from; empty: the null prompt
     parallel: int = 0  # guesses verified at once, which changes nothing but the time; 0: one id at a time
+    lossy: int = 0  # rounds after which these guesses count as right: sooner, and not what the model would have written; 0: never
     samples: int = 1  # predictions that are drawn, of which the one nearest to all is kept; of films and foresight alone
 
     def __post_init__(self):
         if self.negative and self.guidance == 1:
             raise PipelineError(f"negative={self.negative!r} does nothing without guidance; set guidance above 1")
+        if self.lossy and not self.parallel:
+            raise PipelineError(f"lossy={self.lossy} is of guesses, and parallel=0 makes none; set parallel to the most at once")
 
 
 @dataclass(frozen=True)
@@ -266,7 +269,7 @@ class PipelineBase:
             negative = prompt_of(self.texts(decoding.negative))
             guided = {"guidance": Guidance(scale=decoding.guidance), "negative": begun(negative)}
         draft = INT8 if self._options["int8_draft"] else repeat_last
-        parallel = Parallel(window=decoding.parallel, draft=draft) if decoding.parallel else None
+        parallel = Parallel(window=decoding.parallel, draft=draft, lossy=decoding.lossy or None) if decoding.parallel else None
         return Request(prompt=begun(prompt_of(text)), grammar=grammar, sampling=sampling, longest=longest, parallel=parallel, **guided)
 
     def run(self, requests: Sequence[Request], *, done: int = 0, total: int | None = None) -> list[Written]:

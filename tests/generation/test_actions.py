@@ -72,6 +72,41 @@ def test_guesses_change_nothing_but_the_time(loaded):
                 assert len(passes) == -(-len(alone.ids) // (WINDOW + 1)) - 1
 
 
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_lossy_chunks_are_whole_and_take_fewer_passes(loaded, rounds):
+    """Whatever was guessed. What the sequence holds is what was written, as far as it goes."""
+    exact, writer, trunk = _writer(loaded), _writer(loaded, lossy=rounds), CachedTrunk(loaded.model)
+    fewer = compared = 0
+    for seed in range(5):
+        state = _state(loaded, seed, scale=3)
+        tail = np.random.default_rng(seed).integers(0, loaded.vocabulary.action_size, 100).tolist()
+        alone, counts = exact.write(trunk.sequence(300), state), []
+        for each in (exact, writer):
+            sequence = trunk.sequence(300)
+            chunk = each.begin(alone.ids[:2] + tail)
+            states = torch.cat([state[None], sequence.extend(each.ahead(chunk))]) if chunk.ahead else state[None]
+            passes = _count_passes(trunk)
+            (written,) = each.write_each([sequence], [chunk], [states], [None])
+            counts.append(len(passes))
+            del trunk.extend_each
+        assert loaded.action_tokenizer.decode([written.ids], horizon=10, action_dim=7).shape == (1, 10, 7)
+        assert len(written.entropy) == len(written.ids) and 0 <= written.probability <= 1
+        assert sequence.length < len(written.ids) and counts[1] <= counts[0]
+        fewer += counts[1] < counts[0]
+        if sequence.length:
+            weight, again = loaded.model.model.embed_tokens.weight.detach(), trunk.sequence(300)
+            again.extend(weight[loaded.vocabulary.action_start + torch.tensor(written.ids[: sequence.length])])
+            torch.testing.assert_close(sequence.extend(weight[:1]), again.extend(weight[:1]))
+            compared += 1
+    assert fewer and compared
+
+
+def test_lossy_writing_that_cannot_be_is_refused(loaded):
+    for options in ({"lossy": 0}, {"lossy": 1, "temperature": 1.0}):
+        with pytest.raises(ValueError, match="lossy is [01], expected at least 1 round, at temperature=0 and without int8_draft"):
+            _writer(loaded, **options)
+
+
 def _count_passes(trunk: CachedTrunk) -> list:
     passes, extend = [], CachedTrunk.extend_each
     trunk.extend_each = lambda parts: passes.append(parts) or extend(trunk, parts)

@@ -85,6 +85,15 @@ def test_guidance_moves_away_from_the_negative_prompt(compact):
     assert (guided[0] != plain).any() and (guided[0] != guided[1]).any()
 
 
+def test_lossy_decoding_draws_whole_pictures(compact):
+    """Of a form like any other, and refused where nothing is guessed."""
+    (drawn,) = compact.draw("goes.", decoding=dataclasses.replace(DRAWN, parallel=4, lossy=1))
+    (plain,) = compact.draw("goes.", decoding=DRAWN)
+    assert {name: picture.shape for name, picture in drawn.items()} == {name: picture.shape for name, picture in plain.items()}
+    with pytest.raises(pipelines.PipelineError, match="lossy=1 is of guesses, and parallel=0 makes none"):
+        dataclasses.replace(DRAWN, lossy=1)
+
+
 def test_parallel_decoding_draws_the_same(compact):
     plain, parallel = (compact.draw("goes.", decoding=dataclasses.replace(DRAWN, parallel=window))[0] for window in (0, 4))
     assert all((plain[name] == parallel[name]).all() for name in plain)

@@ -257,6 +257,23 @@ def test_guesses_of_an_int8_draft_change_no_answer(tiny_checkpoint):
     assert answers[0] == answers[1]
 
 
+def test_a_lossy_decision_is_remembered_as_it_was_made(tiny_checkpoint):
+    """After it the next prompt is what a policy reads that was told of it."""
+    policy = Emu3Policy(tiny_checkpoint, lossy=1)
+    policy.reset("go left")
+    for step in range(3):
+        answer = policy.infer(_observation(step))
+        assert answer["actions"].shape == (10, 7)
+        assert policy.last_chunk[-1].ids == answer["token_ids"]
+    session = policy._alone
+    fresh = policy.new_sequence()
+    past = torch.cat([session._instruction, *session._past])
+    session.policy.read_past([session])
+    fresh.extend(past)
+    assert session.sequence.length == fresh.length
+    torch.testing.assert_close(session.sequence.extend(past[:1]), fresh.extend(past[:1]), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_batch_that_fails_leaves_every_session_as_it_was(tiny_checkpoint, workers):
     policy = Emu3Policy(tiny_checkpoint, temperature=1.5, workers=workers)
