@@ -21,7 +21,7 @@ from typing import Any
 import policies
 from envs.calvin.tasks import TASKS, check_task
 from eval.chain import run_chain
-from eval.environment import EnvConfig, load_policy
+from eval.environment import EnvConfig, PolicyOptions, load_policy
 from eval.live import check_address, viewer_address, viewer_program
 from eval.progress import LiveLine
 from eval.protocol import MAX_STEPS, load_instructions, used_protocol
@@ -39,6 +39,7 @@ class RolloutConfig:
     """Options of `emu3-vla rollout`."""
 
     policy: str = policies.SHIPPED  # expert, zero, random, a shipped name, or a checkpoint folder
+    policy_options: PolicyOptions = field(default_factory=PolicyOptions)
     env: EnvConfig = field(default_factory=EnvConfig)
     safety: SafetyOptions = field(default_factory=SafetyOptions)
     chunking: ChunkingOptions = field(default_factory=ChunkingOptions)
@@ -83,6 +84,7 @@ def main(config: RolloutConfig) -> None:
         live=config.live,
         safety=config.safety,
         chunking=config.chunking,
+        policy_options=config.policy_options,
     )
 
 
@@ -116,6 +118,7 @@ def film(
     live: bool | str = False,
     safety: SafetyOptions | None = None,
     chunking: ChunkingOptions | None = None,
+    policy_options: PolicyOptions | None = None,
 ) -> dict[str, Any] | None:
     """Run `chains` in this process, recording everything; write the four files, print where they are, and return the results.
 
@@ -133,7 +136,8 @@ def film(
 
     began, safety, chunking = time.perf_counter(), safety or SafetyOptions(), chunking or ChunkingOptions()
     viewer = viewer_address(live) if live else ""
-    env, actor, instructions = env_config.make(), load_policy(policy, env_config, chunking=chunking), load_instructions(annotations)
+    actor = load_policy(policy, env_config, policy_options, chunking)
+    env, instructions = env_config.make(), load_instructions(annotations)
     camera, shared = Camera(), {"title": f"policy {policy}", "frame_stride": frame_stride}
     recorder = Recorder(folder / RECORDING_FILE, camera=camera, viewer=viewer, **shared)
     video = VideoWriter(folder / VIDEO_FILE, camera=camera, **shared)

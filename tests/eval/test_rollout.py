@@ -46,6 +46,14 @@ def column(rollout, entity, component):
     return sorted((step, value) for step, value in rows if value is not None)
 
 
+def test_what_a_policy_is_made_with_is_an_option(tmp_path):
+    config = compose("rollout", ["policy=zero", "policy_options.history=1", f"output_dir={tmp_path}"])
+    assert config.policy_options.given() == {"history": 1}
+    with pytest.raises(ValueError, match="its options: none"):
+        main(config)
+    assert not list(tmp_path.iterdir())
+
+
 def test_four_files_and_no_leavings(rollout):
     assert {path.name for path in rollout.iterdir()} == FILES
 
