@@ -50,6 +50,9 @@ class NumberWords:
     def __post_init__(self):
         if self.relative and len(self.relative) != len(self.names):
             raise NumberWordsError(f"relative is {self.relative}, expected {len(self.names)} names, or none")
+        for name in filter(None, self.relative):
+            if name not in (*self.names, *ENTRIES):
+                raise NumberWordsError(f"relative names {name!r}, expected one of {', '.join((*self.names, *ENTRIES))}")
         if self.powers and (len(self.powers) != len(self.names) or not all(0 < power <= 1 for power in self.powers)):
             raise NumberWordsError(f"powers are {self.powers}, expected {len(self.names)} above 0 and up to 1, or none")
         if not self.names or len(set(self.names)) != len(self.names):

@@ -176,3 +176,15 @@ def test_bins_can_be_finer_near_zero():
     assert NumberWords.of(words.fields()) == words
     with pytest.raises(NumberWordsError, match="powers are"):
         NumberWords(("a",), (0.0,), (1.0,), 4, (2.0,))
+
+
+def test_numbers_say_which_others_they_are_relative_to():
+    limits = {"height": (0.0, 1.0), "block_right": (-1.0, 1.0)}
+    words = NumberWords.within(limits, relative={"block_right": "x"})
+    assert words.relative == ("", "x")
+    assert NumberWords.of(words.fields()) == words
+    assert "relative" not in NumberWords.within(limits).fields()
+    with pytest.raises(NumberWordsError, match="relative names 'tool', expected one of height, block_right, x, y"):
+        NumberWords.within(limits, relative={"block_right": "tool"})
+    with pytest.raises(NumberWordsError, match=r"relative is \('x',\), expected 2 names, or none"):
+        NumberWords(("a", "b"), (0.0, 0.0), (1.0, 1.0), relative=("x",))
