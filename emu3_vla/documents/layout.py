@@ -36,7 +36,7 @@ NOTHING = -1
 """Codes of a block where no picture of its name came before, and text ids where no text did."""
 
 SAID = 32
-"""Of the text before a block so many ids are told, the last ones."""
+"""Of the text that was said before a picture so many ids are told, the last ones."""
 
 LENGTH_MULTIPLE = 8
 """Batches are padded to this, so that compiled code and matrix kernels meet few distinct shapes."""
@@ -53,7 +53,8 @@ class Layout:
     block_at: int64 (N,), positions of the blocks, ascending; the position before a block predicts it. block_weights: float32 (N,), of
     each block's codes in the loss, 0 where they are not supervised. places: int64 (N,), see CompactVocabulary.places. before: int64 (N, C),
     codes of the last block that stood at the same place in this document, or NOTHING. said: int64 (N, S), the last text ids before the
-    block in this document, NOTHING in front of the first.
+    block, NOTHING in front of the first: in this document and after its last actions, since what was said before those was said of another
+    picture.
     """
 
     ids: np.ndarray
@@ -299,8 +300,11 @@ def _before(places: np.ndarray, codes: np.ndarray, vocabulary: Vocabulary) -> np
 
 
 def _said(ids: np.ndarray, block_at: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-    """Of each block the last text ids before it: int64 (N, S), NOTHING in front of the first."""
-    texts = vocabulary.is_text(ids)
-    texts[block_at] = False  # where blocks stand there are no ids, whatever fills them
-    told = np.concatenate([np.full(SAID, NOTHING), ids[texts]])
-    return told[np.cumsum(texts)[block_at][:, None] + np.arange(SAID)]
+    """Of each block the last text ids before it: int64 (N, S), see Layout."""
+    texts, ends = vocabulary.is_text(ids), ids == vocabulary.end_of_chunk
+    texts[block_at] = ends[block_at] = False  # where blocks stand there are no ids, whatever fills them
+    count = np.cumsum(texts)
+    since = np.maximum.accumulate(np.where(ends, count, 0))[block_at]
+    columns_NS = count[block_at][:, None] + np.arange(-SAID, 0)
+    told = np.append(ids[texts], NOTHING)
+    return told[np.where(columns_NS >= since[:, None], columns_NS, -1)]

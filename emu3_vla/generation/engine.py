@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import torch
@@ -61,12 +60,10 @@ class EngineConfig:
 
 
 class Lane:
-    """One row of the cache. held: the items in it. pending: items that must go in before the next can be asked for. texts: bool (ids,),
-    which ids are text."""
+    """One row of the cache. held: the items in it. pending: items that must go in before the next can be asked for."""
 
-    def __init__(self, sequence: CachedSequence, texts: np.ndarray):
-        self.sequence, self.held, self.pending = sequence, [], []
-        self._texts = texts
+    def __init__(self, sequence: CachedSequence, vocabulary: Vocabulary | None):
+        self.sequence, self.held, self.pending, self._vocabulary = sequence, [], [], vocabulary
         self.busy = False
 
     def common(self, prompt: Sequence[Item]) -> int:
@@ -83,8 +80,9 @@ class Lane:
         """What is known of a block to come at a place, the last `without` items left out."""
         held = self.held[: len(self.held) - without]
         before = next((item.codes for item in reversed(held) if isinstance(item, Block) and item.place == place), ())
-        said = islice((item for item in reversed(held) if not isinstance(item, Block) and self._texts[item]), SAID)
-        return Seen(before, tuple(said)[::-1])
+        ids = np.array([item for item in held if not isinstance(item, Block)], np.int64)
+        ids = ids[1 + np.flatnonzero(ids == self._vocabulary.end_of_chunk).max(initial=-1) :]
+        return Seen(before, tuple(ids[self._vocabulary.is_text(ids)][-SAID:].tolist()))
 
     def keep(self, length: int) -> None:
         self.sequence.truncate(length)
@@ -235,8 +233,7 @@ class Engine:
         self._forward = self.trunk.extend_each
         if config.compile:
             self._forward = CompiledSteps(self.cache).extend_each
-        texts = np.zeros(0, bool) if vocabulary is None else vocabulary.is_text(np.arange(self._chooser.ids))
-        self._lanes = [Lane(sequence, texts) for sequence in self.cache.sequences]
+        self._lanes = [Lane(sequence, vocabulary) for sequence in self.cache.sequences]
         self._waiting: deque[tuple] = deque()  # (number, request, grammar, prompts, longest)
         self._running: list[Run] = []
         self._results: dict[int, Result] = {}

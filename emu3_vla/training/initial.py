@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from emu3_vla.training.loop import TrainConfig
 
 PLACES, DEPTH_STATE, DEPTH_BEFORE = "blocks.places.weight", "depth.state.weight", "depth.before.weight"
-FORETOLD, FORETOLD_PLACES = "depth.foretold.", "depth.foretold.places.weight"
+FORETOLD, FORETOLD_PLACES, FORETOLD_SIZE = "depth.foretold.", "depth.foretold.places.weight", "foretold_size"
 WAVES = 6
 """Lengths of the waves that embeddings of numbers begin as: from four times the range, halved each time."""
 OF_TRAINING = ("dropout", "hide_codes", "depth_noise")  # among model.*: another run may choose others
@@ -109,7 +109,8 @@ def _sizes_in(folder: Path) -> dict[str, Any]:
     config = read_config(folder)  # as the model's class reads it: a file says nothing of sizes that came later
     others = {"rope_theta": config.rope_parameters["rope_theta"]}
     others |= {"block_size": getattr(load_vocabulary(folder / checkpoint.VOCABULARY), "block_size", 1)}
-    names = {field.name for field in dataclasses.fields(ModelSizes)} - set(OF_TRAINING)
+    of_none = set() if getattr(config, "foretold", ()) else {FORETOLD_SIZE}  # what reads foretold numbers may come later
+    names = {field.name for field in dataclasses.fields(ModelSizes)} - {*OF_TRAINING, *of_none}
     return others | {name: getattr(config, name) for name in sorted(names) if hasattr(config, name)}
 
 

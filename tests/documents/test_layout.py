@@ -66,13 +66,15 @@ def test_what_stood_at_a_place_before():
 
 
 def test_what_was_said_before_a_block():
-    """The last text ids, in this document alone; other ids between do not count."""
+    """The last text ids, in this document and after its last actions alone; the ids of pictures between do not count."""
     document = [*DOCUMENT, Text([7]), Image("b", B_CODES), Text(range(10)), Text(range(10)), Text(range(10)), Image("b", B_CODES)]
     said = lay_out(document, V).said
     assert said.shape == (10, SAID)
     assert said[:6].tolist() == [[NOTHING] * (SAID - 2) + [3, 4]] * 6
-    assert said[6:8].tolist() == [[NOTHING] * (SAID - 3) + [3, 4, 7]] * 2
-    assert said[8:].tolist() == [[4, 7, *range(10), *range(10), *range(10)][-SAID:]] * 2
+    assert said[6:8].tolist() == [[NOTHING] * (SAID - 1) + [7]] * 2
+    assert said[8:].tolist() == [[NOTHING, 7, *range(10), *range(10), *range(10)]] * 2
+    longer = lay_out([*document, Text(range(10)), Image("b", B_CODES)], V).said[-2:]
+    assert longer.tolist() == [[8, 9, *range(10), *range(10), *range(10)]] * 2
     after = [*DOCUMENT, Image("b", B_CODES)]
     assert collate([document, after], V).said_NS[10:].tolist() == lay_out(after, V).said.tolist()
 
