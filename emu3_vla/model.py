@@ -23,7 +23,7 @@ from transformers import Emu3ForCausalLM, Emu3TextConfig
 
 from emu3_vla import attention
 from emu3_vla.cross_entropy import SLICE_LOGITS, check_targets, sliced_cross_entropy
-from emu3_vla.documents import IGNORE, NOTHING, SAID, Batch, Beside
+from emu3_vla.documents import IGNORE, NOTHING, SAID, Batch, BlockContext
 from emu3_vla.vocabulary import CompactVocabulary, Emu3Vocabulary
 
 Matrix = Callable[[torch.Tensor], torch.Tensor]
@@ -202,16 +202,16 @@ class DepthDecoder(nn.Module):
         self.norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
         self.head = nn.Linear(size, config.codebook_size, bias=False)
 
-    def forward(self, states_NH: torch.Tensor, codes_NC: torch.Tensor, beside: Beside) -> torch.Tensor:
+    def forward(self, states_NH: torch.Tensor, codes_NC: torch.Tensor, context: BlockContext) -> torch.Tensor:
         """Logits of each code given the state, what is known of its block beside, and the codes written so far: (N, C, codebook_size)."""
-        return self._logits(states_NH, self._misread(codes_NC[:, :-1]), beside)
+        return self._logits(states_NH, self._misread(codes_NC[:, :-1]), context)
 
     @torch.no_grad()
-    def write(self, states_NH: torch.Tensor, beside: Beside, choose: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def write(self, states_NH: torch.Tensor, context: BlockContext, choose: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Write blocks, one code after another: int64 (N, C). choose: logits (N, codebook_size) -> codes (N,)."""
         codes = torch.empty(len(states_NH), 0, dtype=torch.long, device=states_NH.device)
         for _ in range(self.slots.num_embeddings):
-            chosen = choose(self._logits(states_NH, codes, beside)[:, -1])
+            chosen = choose(self._logits(states_NH, codes, context)[:, -1])
             codes = torch.cat([codes, chosen[:, None]], dim=1)
         return codes
 
@@ -227,16 +227,16 @@ class DepthDecoder(nn.Module):
         wrong_NK = torch.rand(written_NK.shape, device=written_NK.device) < shares_N1
         return torch.where(wrong_NK, torch.randint_like(written_NK, self.codes.num_embeddings), written_NK)
 
-    def _logits(self, states_NH: torch.Tensor, written_NK: torch.Tensor, beside: Beside) -> torch.Tensor:
+    def _logits(self, states_NH: torch.Tensor, written_NK: torch.Tensor, context: BlockContext) -> torch.Tensor:
         """Logits of the first K + 1 codes given the first K."""
         count = written_NK.shape[1] + 1
         # The state joins every slot, not the first alone: a path past attention.
         state_NSD = self.state(states_NH).unflatten(-1, (self.states, -1))[:, :count]
         hidden = F.pad(self.codes(written_NK), (0, 0, 1, 0)) + state_NSD + self.slots.weight[:count]
         if self.before is not None:
-            hidden = hidden + self.before(beside.before_NC[:, :count] - NOTHING)
+            hidden = hidden + self.before(context.before_NC[:, :count] - NOTHING)
         if self.foretold is not None:
-            hidden = hidden + self.foretold(beside)[:, :count]
+            hidden = hidden + self.foretold(context)[:, :count]
         for layer in self.layers:
             hidden = layer(hidden)
         return self.head(self.norm(hidden))
@@ -279,18 +279,18 @@ class Foretold(nn.Module):
             layer.weight.normal_(0, layer.in_features**-0.5)
         self.down.weight.zero_()
 
-    def forward(self, beside: Beside) -> torch.Tensor:
+    def forward(self, context: BlockContext) -> torch.Tensor:
         """(N, C, D)."""
-        return self.of(beside, self.up, self.across, self.down)
+        return self.of(context, self.up, self.across, self.down)
 
-    def of(self, beside: Beside, up: Matrix, across: Matrix, down: Matrix) -> torch.Tensor:
+    def of(self, context: BlockContext, up: Matrix, across: Matrix, down: Matrix) -> torch.Tensor:
         """The same by these matrices."""
-        first_S, stop_S = torch.tensor(self.bounds, device=beside.said_NS.device)
-        said_NS = beside.said_NS[:, -len(first_S) :]
+        first_S, stop_S = torch.tensor(self.bounds, device=context.said_NS.device)
+        said_NS = context.said_NS[:, -len(first_S) :]
         are_words_N1 = ((said_NS >= first_S) & (said_NS < stop_S)).all(1, keepdim=True)
         rows_NS = (said_NS - first_S).where(are_words_N1, 0) + torch.tensor(self.starts, device=said_NS.device)
         together = self.norm(F.relu(up(self._waves(rows_NS))).square())
-        here = F.relu(across(together) + self.places(beside.places_N)).square()
+        here = F.relu(across(together) + self.places(context.places_N)).square()
         return (down(here) * are_words_N1).unflatten(-1, (self.slots, -1))
 
     def _waves(self, rows_NS: torch.Tensor) -> torch.Tensor:
@@ -348,5 +348,5 @@ def block_losses(model: BlockEmu3ForCausalLM, states_PH: torch.Tensor, batch: Ba
     """Cross-entropy of every code of the chosen blocks, float32 (len(chosen), C). chosen: int64, indices into the batch's N blocks."""
     codes = batch.codes_NC[chosen]
     # Never negative: a document opens with <bos> and an image with its begin token, so a block always has a position before it.
-    logits = model.depth(states_PH[batch.block_at_N[chosen] - 1], codes, batch.beside(chosen))
+    logits = model.depth(states_PH[batch.block_at_N[chosen] - 1], codes, batch.block_context(chosen))
     return F.cross_entropy(logits.float().flatten(0, 1), codes.flatten(), reduction="none").view_as(codes)

@@ -2,7 +2,7 @@
 
 import torch
 
-from emu3_vla.documents import NOTHING, SAID, Beside
+from emu3_vla.documents import NOTHING, SAID, BlockContext
 from emu3_vla.model import BlockEmu3ForCausalLM, build_config
 from emu3_vla.vocabulary import CompactVocabulary, ImageGrid
 
@@ -19,7 +19,7 @@ def block_model(**changes) -> tuple[BlockEmu3ForCausalLM, CompactVocabulary]:
     return BlockEmu3ForCausalLM(build_config(VOCABULARY, **(sizes | changes))).eval(), VOCABULARY
 
 
-def beside(before_NC: torch.Tensor) -> Beside:
+def block_context(before_NC: torch.Tensor) -> BlockContext:
     """Of blocks at which these codes stood before, at the first place, and of which nothing was said."""
     places, said = torch.zeros(len(before_NC), dtype=torch.long), torch.full((len(before_NC), SAID), NOTHING)
-    return Beside(before_NC=before_NC, places_N=places, said_NS=said)
+    return BlockContext(before_NC=before_NC, places_N=places, said_NS=said)

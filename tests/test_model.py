@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from block_models import beside, block_model
+from block_models import block_context, block_model
 from transformers import Emu3ForCausalLM
 
-from emu3_vla.documents import NOTHING, SAID, ActionChunk, Beside, Image, Text, collate
+from emu3_vla.documents import NOTHING, SAID, ActionChunk, BlockContext, Image, Text, collate
 from emu3_vla.model import BlockEmu3ForCausalLM, block_losses, build_config, token_losses
 from emu3_vla.vocabulary import CompactVocabulary, ImageGrid
 
@@ -51,7 +51,7 @@ def test_padding_and_neighbours_change_nothing(model):
 
 
 def test_each_code_is_predicted_from_those_before_it_alone(model):
-    states, codes, known = torch.randn(3, 32), torch.randint(0, 7, (3, 4)), beside(torch.randint(NOTHING, 7, (3, 4)))
+    states, codes, known = torch.randn(3, 32), torch.randint(0, 7, (3, 4)), block_context(torch.randint(NOTHING, 7, (3, 4)))
     logits = model.depth(states, codes, known)
     for slot in range(4):
         changed = codes.clone()
@@ -65,14 +65,14 @@ def test_each_code_is_predicted_from_those_before_it_alone(model):
 def test_probabilities_of_all_blocks_add_up_to_one(model):
     """The chain rule is exact: summed over every possible block, exp(-loss) is 1."""
     every = torch.cartesian_prod(*[torch.arange(7)] * 4)
-    known = beside(torch.tensor([[2, NOTHING, 0, 6]]).expand(len(every), -1))
+    known = block_context(torch.tensor([[2, NOTHING, 0, 6]]).expand(len(every), -1))
     log_p = model.depth(torch.randn(1, 32).expand(len(every), -1), every, known).log_softmax(-1)
     total = log_p.gather(-1, every[..., None]).squeeze(-1).sum(1).exp().sum()
     assert total.item() == pytest.approx(1, abs=1e-4)
 
 
 def test_written_blocks_are_the_likeliest_codes(model):
-    states, known = torch.randn(5, 32), beside(torch.randint(NOTHING, 7, (5, 4)))
+    states, known = torch.randn(5, 32), block_context(torch.randint(NOTHING, 7, (5, 4)))
     codes = model.depth.write(states, known, lambda logits: logits.argmax(-1))
     torch.testing.assert_close(model.depth(states, codes, known).argmax(-1), codes)
 
@@ -95,7 +95,7 @@ def test_numbers_said_before_a_block_are_read_by_its_place():
     model.depth.foretold.begin([torch.linspace(0, 1, 4), torch.linspace(-1, 1, 6)])
     said = torch.full((4, SAID), NOTHING)
     said[:, -2:] = torch.tensor([[1, 8], [1, 9], [8, 1], [NOTHING, 1]])  # the last two are no numbers of these
-    known = Beside(before_NC=torch.zeros(4, 4, dtype=torch.long), places_N=torch.zeros(4, dtype=torch.long), said_NS=said)
+    known = BlockContext(before_NC=torch.zeros(4, 4, dtype=torch.long), places_N=torch.zeros(4, dtype=torch.long), said_NS=said)
     assert not model.depth.foretold(known).any(), "they count for nothing at first"
     torch.nn.init.normal_(model.depth.foretold.down.weight)
     read, elsewhere = (model.depth.foretold(replace(known, places_N=torch.full((4,), place))) for place in (0, 1))
@@ -126,7 +126,7 @@ def test_too_many_numbers_cannot_be_foretold():
 def test_block_loss_reads_the_state_before_the_block(model):
     batch = collate([_document()], V)
     states = model.states(batch)
-    first = model.depth(states[3:4], batch.codes_NC[:1], batch.beside(slice(1))).log_softmax(-1)  # position 3 holds "begin of image"
+    first = model.depth(states[3:4], batch.codes_NC[:1], batch.block_context(slice(1))).log_softmax(-1)  # position 3 holds "begin of image"
     losses = block_losses(model, states, batch, torch.tensor([0]))
     torch.testing.assert_close(losses[0], -first[0, range(4), batch.codes_NC[0]])
 

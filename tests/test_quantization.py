@@ -3,7 +3,7 @@
 import pytest
 import small_emu3
 import torch
-from block_models import beside
+from block_models import block_context
 from small_emu3 import logits
 
 import emu3_vla
@@ -62,7 +62,7 @@ def test_vision_blocks_and_depth_decoder_are_kept(tiny_checkpoint):
     report = quantize(loaded.model, "int8")
     assert all(name.startswith(("model.layers.", "lm_head")) for name in report.quantized)
     assert "depth.head" in report.kept and "blocks.merge" in report.kept
-    codes = loaded.model.depth.write(torch.zeros(1, 64), beside(torch.full((1, 16), NOTHING)), lambda scores: scores.argmax(1))
+    codes = loaded.model.depth.write(torch.zeros(1, 64), block_context(torch.full((1, 16), NOTHING)), lambda scores: scores.argmax(1))
     assert codes.shape == (1, loaded.vocabulary.codes_per_block)
 
 

@@ -41,7 +41,6 @@ from emu3_vla.data.episodes import write_text_atomic
 from emu3_vla.data.tokens import TokenizedEpisode, TokenStore, hashes
 from emu3_vla.pipelines import Pipelines, asking, filming, scoring
 from emu3_vla.pipelines.drawing import DRAWN
-from emu3_vla.pipelines.state_probe import StateProbe
 from envs.calvin.questions import clauses, kind_of, way_mm
 from eval.provenance import git_commit
 from eval.statistics import bootstrap_mean_interval, wilson_interval
@@ -55,8 +54,6 @@ SHOWN = 8
 """Pictures of each measure on the page."""
 PREDICTED = 0.5
 """Temperature of predictions of which several are drawn."""
-PROBE_FRAMES = 8000
-"""Real pictures that the probe is trained on, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,9 +165,8 @@ def _describe(model: Pipelines, config: EvalGenerationConfig, train, held_out: l
 
 
 def _draw(model: Pipelines, config: EvalGenerationConfig, train: list[TokenizedEpisode], held_out, store: TokenStore) -> Found:
-    seen = [scoring.Moment(episode=episode, frames=(frame,)) for episode in train for frame in range(len(episode.frame_step))]
-    seen = [seen[place] for place in np.linspace(0, len(seen) - 1, min(PROBE_FRAMES, len(seen))).round().astype(int)]
-    probe = StateProbe(model.vision, [moment.look for moment in seen], [clauses(moment.caption(model)) for moment in seen])
+    seen = scoring.every_moment(train, scoring.PROBE_FRAMES)
+    probe = scoring.state_probe(model, seen, clauses)
     decoding = pipelines.Decoding(temperature=config.temperature, top_k=DRAWN.top_k, seed=config.seed)
     drawn = scoring.drawings(model, scoring.moments(held_out, config.pictures, config.seed), decoding)
     captions = [clauses(one.caption) for one in drawn]

@@ -70,8 +70,8 @@ class Layout:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beside:
-    """What is known of N blocks beside the trunk's states before them: int64, as in Layout."""
+class BlockContext:
+    """What the depth decoder is given of N blocks beside the trunk's states before them: int64, as in Layout."""
 
     before_NC: torch.Tensor
     places_N: torch.Tensor
@@ -109,9 +109,9 @@ class Batch:
         """How many there are."""
         return len(self.ids_BL) if self.spans is None else len(self.spans)
 
-    def beside(self, blocks: torch.Tensor | slice = slice(None)) -> Beside:
+    def block_context(self, blocks: torch.Tensor | slice = slice(None)) -> BlockContext:
         """Of these of its N blocks; by default of all."""
-        return Beside(before_NC=self.before_NC[blocks], places_N=self.places_N[blocks], said_NS=self.said_NS[blocks])
+        return BlockContext(before_NC=self.before_NC[blocks], places_N=self.places_N[blocks], said_NS=self.said_NS[blocks])
 
     def document_at(self, positions: np.ndarray) -> np.ndarray:
         """Number of the document at each position, an index into the flattened B×L: int64, of the shape of `positions`."""

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from emu3_vla.documents import NOTHING, SAID, Beside
+from emu3_vla.documents import NOTHING, SAID, BlockContext
 from emu3_vla.generation.cache import LEAST_ROWS, Product
 from emu3_vla.generation.depth import DepthWriter
 from emu3_vla.generation.grammar import Block, Choice, Item
@@ -104,7 +104,7 @@ class Chooser:
         states = torch.stack([*(ask.state for ask in asks), *(asks[at].negative for at in guided_at)])
         samplings = [ask.sampling for ask in asks]
         places = [ask.choice.place for ask in (*asks, *(asks[at] for at in guided_at))]
-        beside = self._beside(places, [*(ask.seen for ask in asks), *(asks[at].negative_seen for at in guided_at)])
+        context = self._block_context(places, [*(ask.seen for ask in asks), *(asks[at].negative_seen for at in guided_at)])
 
         def pick(logits_NK: torch.Tensor, number: int) -> torch.Tensor:
             own, negative = logits_NK[: len(asks)], logits_NK[len(asks) :]
@@ -114,14 +114,14 @@ class Chooser:
             chosen = torch.tensor(choose(own, samplings, [(ask.number, number) for ask in asks]), device=own.device)
             return torch.cat([chosen, chosen[guided_at]])
 
-        codes = self._depth.write(states, beside, pick)[: len(asks)].tolist()
+        codes = self._depth.write(states, context, pick)[: len(asks)].tolist()
         return [Block(ask.choice.place, tuple(row)) for ask, row in zip(asks, codes, strict=True)]
 
-    def _beside(self, places: list[int], seen: list[Seen]) -> Beside:
+    def _block_context(self, places: list[int], seen: list[Seen]) -> BlockContext:
         nothing = (NOTHING,) * self._depth.slots
         before, said = [own.before or nothing for own in seen], [(NOTHING,) * (SAID - len(own.said)) + own.said for own in seen]
         device = self._head.device
-        return Beside(
+        return BlockContext(
             before_NC=torch.tensor(before, device=device),
             places_N=torch.tensor(places, device=device),
             said_NS=torch.tensor(said, device=device),

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from emu3_vla.documents import NOTHING, Beside
+from emu3_vla.documents import NOTHING, BlockContext
 from emu3_vla.generation.cache import LEAST_ROWS, Product
 from emu3_vla.model import DepthDecoder, DepthLayer, Foretold, Matrix
 
@@ -35,16 +35,16 @@ class DepthWriter:
         return len(self._slots)
 
     @torch.inference_mode()
-    def write(self, states_NH: torch.Tensor, beside: Beside, choose: Callable[[torch.Tensor, int], torch.Tensor]) -> torch.Tensor:
+    def write(self, states_NH: torch.Tensor, context: BlockContext, choose: Callable[[torch.Tensor, int], torch.Tensor]) -> torch.Tensor:
         """Write blocks, one code after another: int64 (N, C). choose: logits float32 (N, K), number of the code -> codes (N,)."""
         blocks = len(states_NH)
         slots = self.slots
         states = self._state(F.pad(states_NH, (0, 0, 0, max(0, LEAST_ROWS - blocks))))
         given_NCD = states.unflatten(-1, (self._states, -1)) + self._slots
         if self._before is not None:
-            given_NCD[:blocks] += self._before[beside.before_NC - NOTHING]
+            given_NCD[:blocks] += self._before[context.before_NC - NOTHING]
         if self._foretold is not None:
-            given_NCD[:blocks] += self._foretold(beside)
+            given_NCD[:blocks] += self._foretold(context)
         last_ND = torch.zeros_like(given_NCD[:, 0])
         caches = [layer.cache(last_ND, slots) for layer in self._layers]
         written = torch.empty(blocks, slots, dtype=torch.long, device=states_NH.device)
@@ -63,8 +63,8 @@ class _Foretold:
         self._of = foretold.of
         self._matrices = [self._padded(Product(layer.weight, packed=packed)) for layer in (foretold.up, foretold.across, foretold.down)]
 
-    def __call__(self, beside: Beside) -> torch.Tensor:
-        return self._of(beside, *self._matrices)
+    def __call__(self, context: BlockContext) -> torch.Tensor:
+        return self._of(context, *self._matrices)
 
     @staticmethod
     def _padded(product: Product) -> Matrix:

@@ -19,8 +19,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice, takewhile
 
-import numpy as np
 import torch
 
 from emu3_vla.documents import SAID
@@ -80,9 +80,9 @@ class Lane:
         """What is known of a block to come at a place, the last `without` items left out."""
         held = self.held[: len(self.held) - without]
         before = next((item.codes for item in reversed(held) if isinstance(item, Block) and item.place == place), ())
-        ids = np.array([item for item in held if not isinstance(item, Block)], np.int64)
-        ids = ids[1 + np.flatnonzero(ids == self._vocabulary.end_of_chunk).max(initial=-1) :]
-        return Seen(before, tuple(ids[self._vocabulary.is_text(ids)][-SAID:].tolist()))
+        since_actions = takewhile(lambda item: item != self._vocabulary.end_of_chunk, reversed(held))
+        texts = (item for item in since_actions if not isinstance(item, Block) and self._vocabulary.is_text(item))
+        return Seen(before, tuple(islice(texts, SAID))[::-1])
 
     def keep(self, length: int) -> None:
         self.sequence.truncate(length)

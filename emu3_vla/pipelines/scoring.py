@@ -6,7 +6,7 @@ vision tokenizer loses is no fault of the model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +16,13 @@ from emu3_vla.documents import ActionChunk, Image, Text
 from emu3_vla.pipelines import asking, drawing, filming, imagining
 from emu3_vla.pipelines.agreement import each_sample
 from emu3_vla.pipelines.base import Decoding, PipelineBase, Written
+from emu3_vla.pipelines.state_probe import Said, StateProbe
 from emu3_vla.training.kinds import CAPTION
 from emu3_vla.training.stream import documents_of, images_of
 from envs.spec import RGB_STATIC
+
+PROBE_FRAMES = 8000
+"""Real pictures that a probe of drawings is trained on, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +73,16 @@ class Drawn:
     caption: str
     images: list[Image]
     truth: list[Image]
+
+
+def every_moment(episodes: Sequence[TokenizedEpisode], count: int) -> list[Moment]:
+    """At most `count` of all moments, evenly spread over all frames."""
+    return _spread([Moment(episode=episode, frames=(frame,)) for episode in episodes for frame in range(len(episode.frame_step))], count)
+
+
+def state_probe(pipeline: PipelineBase, seen: Sequence[Moment], said: Callable[[str], Said]) -> StateProbe:
+    """A probe that is trained on what these moments show. said: what a caption says, thing by thing."""
+    return StateProbe(pipeline.vision, [moment.look for moment in seen], [said(moment.caption(pipeline)) for moment in seen])
 
 
 def moments(episodes: Sequence[TokenizedEpisode], count: int, seed: int, *, run: int = 1) -> list[Moment]:

@@ -35,7 +35,7 @@ def draw(
     for number in range(blocks_BNC.shape[1]):  # what is still blank comes later, and nothing sees what comes later
         own = numbers_BN[:, number]
         states = model.states(batch)[batch.block_at_N[own] - 1]
-        blocks_BNC[:, number] = model.depth.write(states, batch.beside(own), choose)
+        blocks_BNC[:, number] = model.depth.write(states, batch.block_context(own), choose)
     return [_images(blocks.numpy(), vocabulary) for blocks in blocks_BNC]
 
 

@@ -127,13 +127,16 @@ def _foretold(config: TrainConfig, source: Source) -> list[list[int]]:
     given = getattr(read_config(find_folder(config.init_from) / checkpoint.MODEL), "foretold", ()) if config.init_from else ()
     if given or not config.scene_first:
         return list(given)
-    ids = [spelled.single_ids() for spelled in _said_before_pictures(source)]
-    if any(own is None or (np.diff(own) != 1).any() for own in ids):
-        return []  # words of several ids, or not one behind the other: the trunk alone reads those
-    names = [name for spelled in _said_before_pictures(source) for name in spelled.words.names]
-    relative = [to for spelled in _said_before_pictures(source) for to in spelled.words.relative or [""] * len(spelled.words.names)]
-    bounds = [(int(own[0]), int(own[-1]) + 1) for of_words in ids for own in of_words]
-    return [[*own, names.index(to) if to in names else -1] for own, to in zip(bounds, relative, strict=True)]
+    names: list[str] = []
+    numbers: list[list[int]] = []
+    for spelled in _said_before_pictures(source):
+        ids_SB, words = spelled.single_ids(), spelled.words
+        if ids_SB is None or (np.diff(ids_SB) != 1).any():
+            return []  # words of several ids, or not one behind the other: the trunk alone reads those
+        names += words.names
+        for ids, to in zip(ids_SB.tolist(), words.relative or [""] * len(words.names), strict=True):
+            numbers.append([ids[0], ids[-1] + 1, names.index(to) if to in names else -1])
+    return numbers
 
 
 def _said_before_pictures(source: Source) -> list[SpelledNumbers]:

@@ -79,12 +79,14 @@ class ModelSizes:
     depth_layers: int = 2
     depth_heads: int = 4
     depth_noise: float = 0.0
-    foretold_size: int = 512
+    foretold_size: int = 512  # of what reads the words that foretell a picture, where scene_first has some
 
     def __post_init__(self):
         for heads, size in (("num_attention_heads", "hidden_size"), ("depth_heads", "depth_size")):
             if getattr(self, size) % getattr(self, heads):
                 raise ValueError(f"model.{size}={getattr(self, size)} is no multiple of model.{heads}={getattr(self, heads)}")
+        if self.foretold_size < 1:
+            raise ValueError(f"model.foretold_size is {self.foretold_size}, expected at least 1")
         for name in ("dropout", "hide_codes", "depth_noise"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}, expected at least 0 and below 1")

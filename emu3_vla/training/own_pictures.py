@@ -42,7 +42,7 @@ def with_own(model: BlockEmu3ForCausalLM, batch: Batch, share: float, rounds: in
     writer = DepthWriter(model.depth, packed=False)
     for _ in range(rounds):
         states = model.states(batch)[batch.block_at_N[at] - 1]
-        written = writer.write(states, batch.beside(at), lambda logits, _: logits.argmax(-1))
+        written = writer.write(states, batch.block_context(at), lambda logits, _: logits.argmax(-1))
         codes = batch.codes_NC.clone()
         codes[at] = written
         batch = replace(batch, codes_NC=codes)

@@ -188,7 +188,7 @@ class Objective(nn.Module):
             batch, chosen = part.predicted, torch.arange(len(part.predicted.block_at_N), device=chosen.device)
         sums, figures = figures_of.losses(_Stated(self.model, states_PH), batch, chosen, smoothing)
         if not chosen.numel():  # other ranks may have some, and all gather the depth decoder's weights together
-            sums[VISION] = sums[VISION] + self.model.depth(states_PH[:0], batch.codes_NC[:0], batch.beside(slice(0))).sum()
+            sums[VISION] = sums[VISION] + self.model.depth(states_PH[:0], batch.codes_NC[:0], batch.block_context(slice(0))).sum()
         return sums, figures
 
 

@@ -41,7 +41,7 @@ def test_blocks():
     np.testing.assert_array_equal(whole[2:], codes[2:])
     batch = collate([[Text([1]), Image("a", whole, order=job.order)]], vocabulary)
     with torch.no_grad():
-        logits = model.depth(model.states(batch)[batch.block_at_N - 1], batch.codes_NC, batch.beside())
+        logits = model.depth(model.states(batch)[batch.block_at_N - 1], batch.codes_NC, batch.block_context())
     np.testing.assert_array_equal(logits.argmax(-1)[2:].numpy(), batch.codes_NC[2:].numpy())
 
 

@@ -256,8 +256,8 @@ def test_blocks_are_written_as_the_depth_decoder_writes_them(shown, parallel):
         document = [*before, Image("a", codes), ActionChunk([0])]
         batch = collate([document], vocabulary)
         states = model.states(batch)
-        logits = model.depth(states[batch.block_at_N - 1], batch.codes_NC, batch.beside())
-        nothing = replace(batch.beside(), before_NC=torch.full_like(batch.before_NC, NOTHING))
+        logits = model.depth(states[batch.block_at_N - 1], batch.codes_NC, batch.block_context())
+        nothing = replace(batch.block_context(), before_NC=torch.full_like(batch.before_NC, NOTHING))
         forgetful = model.depth(states[batch.block_at_N - 1], batch.codes_NC, nothing)
     np.testing.assert_array_equal(logits.argmax(-1)[-4:].numpy(), batch.codes_NC[-4:].numpy())
     assert torch.equal(logits[-4:], forgetful[-4:]) == (shown == 0), "what was there before matters"
@@ -266,22 +266,22 @@ def test_blocks_are_written_as_the_depth_decoder_writes_them(shown, parallel):
 
 
 @pytest.mark.parametrize("parallel", [None, Parallel(window=3, draft=repeat_last)])
-@pytest.mark.parametrize("told", [[2, 7], [7, 2]], ids=["numbers", "others"])
+@pytest.mark.parametrize("told", [[2, 7], [7, 2], []], ids=["numbers", "others", "before actions"])
 def test_blocks_see_the_numbers_that_were_said_before(told, parallel):
-    """Those that the request itself wrote, not those before the picture before."""
+    """Those that the request itself wrote, not those before the picture before, nor any from before actions."""
     model, vocabulary = block_model(foretold=[[0, 4, -1], [4, 10, 0]], foretold_size=16)
     torch.nn.init.normal_(model.depth.foretold.down.weight)
-    shown = [Text([3, 1, 5]), Image("a", np.arange(16).reshape(4, 4) % 7)]
+    shown = [Text([3, 1, 5]), Image("a", np.arange(16).reshape(4, 4) % 7), *([] if told else [ActionChunk([0])])]
     grammar = Grammar(pieces.sequence(literal(*told), image(vocabulary, 4, 4, "a")))
     (result,) = Engine(model, vocabulary, SMALL).generate([Request(prompt=shown, grammar=grammar, parallel=parallel)])
     codes = np.array([item.codes for item in result.items if isinstance(item, Block)])
-    batch = collate([[*shown, Text(told), Image("a", from_blocks(codes, 4, 4))]], vocabulary)
+    batch = collate([[*shown, *([Text(told)] if told else []), Image("a", from_blocks(codes, 4, 4))]], vocabulary)
     states = model.states(batch)[batch.block_at_N[4:] - 1]
-    known = batch.beside(slice(4, 8))
+    known = batch.block_context(slice(4, 8))
     untold = replace(known, said_NS=torch.full_like(known.said_NS, NOTHING))
     logits, others = (model.depth(states, batch.codes_NC[4:], each) for each in (known, untold))
     np.testing.assert_array_equal(logits.argmax(-1).numpy(), codes)
-    assert torch.equal(logits, others) == (told == [7, 2])
+    assert torch.equal(logits, others) == (told != [2, 7])
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, seed=5)], ids=["greedy", "drawn"])

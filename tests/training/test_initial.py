@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny_tokens
 import torch
-from block_models import beside
+from block_models import block_context
 from transformers import Emu3ForCausalLM
 
 from emu3_vla import checkpoint
@@ -123,7 +123,7 @@ def test_an_older_depth_decoder_is_widened_and_writes_the_same(tiny_store, tmp_p
     _save(tmp_path / "older", older, source, tiny_store)
     model = initial.new_model(config, source)
     states, codes = torch.randn(5, model.config.hidden_size), torch.randint(0, 32, (5, 16))
-    known = beside(torch.randint(NOTHING, 32, (5, 16)))
+    known = block_context(torch.randint(NOTHING, 32, (5, 16)))
     assert model.depth.state.weight.shape[0] == 16 * older.depth.state.weight.shape[0]
     torch.testing.assert_close(model.depth(states, codes, known), older.depth(states, codes, known))
     loaded = load(tmp_path / "older").model
@@ -141,7 +141,8 @@ def test_a_checkpoint_that_foretells_gets_what_reads_its_words(felt_store, tmp_p
     bins = [tiny_tokens.STATE.bins] * len(tiny_tokens.STATE.names) + [tiny_tokens.SCENE.bins] * len(tiny_tokens.SCENE.names)
     assert [stop - first for first, stop, _ in model.config.foretold] == bins
     said = torch.tensor([[first for first, _, _ in model.config.foretold]] * 5)
-    known = dataclasses.replace(beside(torch.randint(NOTHING, 32, (5, 16))), said_NS=torch.nn.functional.pad(said, (SAID - len(bins), 0)))
+    said = torch.nn.functional.pad(said, (SAID - len(bins), 0), value=NOTHING)
+    known = dataclasses.replace(block_context(torch.randint(NOTHING, 32, (5, 16))), said_NS=said)
     states, codes = torch.randn(5, model.config.hidden_size), torch.randint(0, 32, (5, 16))
     assert torch.equal(model.depth(states, codes, known), older.depth(states, codes, known))
 

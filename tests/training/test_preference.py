@@ -211,7 +211,7 @@ def test_drawn_pictures_are_seeded_and_follow_the_caption():
     # What was drawn is what the model finds likely at its place: the coldest drawing repeats itself when it is scored.
     batch = collate([[Begin(), Text([1, 2]), *colder[0]]], V)
     states = model.states(batch)
-    logits = model.depth(states[batch.block_at_N - 1], batch.codes_NC, batch.beside())
+    logits = model.depth(states[batch.block_at_N - 1], batch.codes_NC, batch.block_context())
     assert torch.equal(logits.argmax(-1), batch.codes_NC)
 
 

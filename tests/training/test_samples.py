@@ -131,7 +131,8 @@ def test_samples_are_what_the_policy_writes(store, sampled):
     batch = collate([[*document[:first], *blank]], vocabulary)
     for number in range(len(batch.codes_NC) - 25, len(batch.codes_NC)):
         state = _states(model, batch)[batch.block_at_N[number] - 1][None]
-        batch.codes_NC[number] = model.depth.write(state, batch.beside(slice(number, number + 1)), lambda logits: logits.argmax(-1))[0]
+        context = batch.block_context(slice(number, number + 1))
+        batch.codes_NC[number] = model.depth.write(state, context, lambda logits: logits.argmax(-1))[0]
     codes = batch.codes_NC[-25:-9].view(4, 4, 4, 4).transpose(1, 2).reshape(16, 16)
     true = document[first].codes
     assert found[f"act/0/next/{RGB_STATIC}/codes_right"][0][1] == pytest.approx(float((codes.numpy() == true).mean()))

@@ -79,9 +79,9 @@ def test_whitening_changes_nothing_but_how_it_learns(asked_store):
     model = initial.new_model(tiny_tokens.config(asked_store.path, "unused", context=256, mixture=MixtureConfig(film=1)), source).eval()
     batch = stream.batch(3)
     states = model.states(batch)[batch.block_at_N - 1].detach()
-    expected = model.depth(states, batch.codes_NC, batch.beside())
+    expected = model.depth(states, batch.codes_NC, batch.block_context())
     depth_only.whiten(model, [stream.batch(0), stream.batch(1)])
-    torch.testing.assert_close(model.depth(states, batch.codes_NC, batch.beside()), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model.depth(states, batch.codes_NC, batch.block_context()), expected, atol=1e-4, rtol=1e-4)
 
     seen = torch.cat([model.states(own)[own.block_at_N[own.block_weights_N > 0] - 1] for own in (stream.batch(0), stream.batch(1))])
     spread = ((seen - model.depth.state.mean) @ model.depth.state.whiten).var(0)
@@ -89,7 +89,7 @@ def test_whitening_changes_nothing_but_how_it_learns(asked_store):
     weights = depth_only.folded(model, model.state_dict())
     plain = initial.new_model(tiny_tokens.config(asked_store.path, "unused", context=256, mixture=MixtureConfig(film=1)), source).eval()
     plain.load_state_dict({name: weights[name] for name in plain.state_dict()})
-    torch.testing.assert_close(plain.depth(states, batch.codes_NC, batch.beside()), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(plain.depth(states, batch.codes_NC, batch.block_context()), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_noise_is_met_in_training_alone():
