@@ -32,8 +32,8 @@ def run(worker: Callable[..., None], processes: int, *arguments: Any) -> None:
 
 
 def rank() -> int:
-    """This process's number, from 0; 0 where there is one process alone."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    """This process's number, from 0, also before and after they are joined; 0 where there is one process alone."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
 def count() -> int:

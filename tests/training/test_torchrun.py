@@ -36,7 +36,7 @@ def test_torchrun_learns_what_one_process_does(tiny_store, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.strip().splitlines()[-1] == str(tmp_path / "two" / "policy"), "the leading rank alone says where it is"
+    assert ended.stdout.count(str(tmp_path / "two" / "policy")) == 1, "the leading rank alone says where it is"
     (tmp_path / "one").mkdir()
     loop.main(cli.compose("train", [*options, f"output_dir={tmp_path / 'one'}"]))
     one, two = (_records(tmp_path / name) for name in ("one", "two"))
