@@ -7,7 +7,8 @@ The token store must be one of the checkpoint's tokenizers; its held-out episode
 held out. Questions and captions are CALVIN's (envs.calvin.questions). Every episode is looked at once, so pictures and drawings are
 independent; the questions about one frame are not, which their intervals do not know.
 
-    ask         right answers, word for word, by kind of question, and of all that are no numbers; of distances also how far off
+    ask         right answers by kind of question, numbers within RIGHT_MM and RIGHT_DEG of envs.calvin.questions; those that are right word
+                for word; of distances also how far off
     describe    clauses of descriptions that are right, by thing
     draw        clauses of a caption that a probe reads out of its drawing; beside the probe's own right share on real pictures, and the
                 share that is right of another drawing's caption, as a drawing that takes no notice of its caption would have
@@ -41,15 +42,13 @@ from emu3_vla.data.episodes import write_text_atomic
 from emu3_vla.data.tokens import TokenizedEpisode, TokenStore, hashes
 from emu3_vla.pipelines import Pipelines, asking, filming, scoring
 from emu3_vla.pipelines.drawing import DRAWN
-from envs.calvin.questions import clauses, kind_of, way_mm
+from envs.calvin.questions import WAYS, clauses, is_number, is_right, kind_of, way_mm
 from eval.provenance import git_commit
 from eval.statistics import bootstrap_mean_interval, wilson_interval
 
 MEASURES = ("ask", "describe", "draw", "film", "world")
 NEED_QUESTIONS = {"ask", "describe", "draw"}
 QUESTIONS = "envs.calvin.questions:Questions"
-WAYS, HEADINGS = "distance", "heading"
-"""Kinds of questions that begin so are answered in millimetres and in degrees: with numbers, which are seldom right to the last."""
 SHOWN = 8
 """Pictures of each measure on the page."""
 PREDICTED = 0.5
@@ -69,7 +68,8 @@ class EvalGenerationConfig:
     window: int = filming.WINDOW  # frames of a film; the first `kept` are shown
     kept: int = filming.KEPT
     temperature: float = DRAWN.temperature  # of drawings; everything else is greedy
-    samples: int = 1  # predictions of each film and of each consequence, at PREDICTED; the one nearest to all counts. 1: the greedy one
+    state: bool = True  # questions come with the arm's state, as the policy is told it; false: with the pictures alone
+    samples: int = 1  # answers, and predictions of each film and consequence, at PREDICTED; the one nearest to all counts. 1: greedy
     longest: int = asking.LONGEST  # text ids of an answer or a description, at most
     rows: int = 8  # requests at once
     seed: int = 0
@@ -124,20 +124,32 @@ def main(config: EvalGenerationConfig) -> None:
 
 
 def _ask(model: Pipelines, config: EvalGenerationConfig, train, held_out: list[TokenizedEpisode], store: TokenStore) -> Found:
-    answered = scoring.answers(model, scoring.moments(held_out, config.frames, config.seed), config.longest)
+    told = config.state and model.state_words is not None
+    if told and store.state_words != model.state_words.words:
+        raise ValueError(
+            f"tokens={config.tokens} says the arm's state otherwise than {config.checkpoint} is told it, or not at all; tokenize with the "
+            "checkpoint, or ask of the pictures alone with state=false"
+        )
+    shown = scoring.moments(held_out, config.frames, config.seed)
+    answered = scoring.answers(model, shown, config.longest, _predicted(config), state=told)
     by_kind: dict[str, list[scoring.Answered]] = defaultdict(list)
     for one in answered:
         by_kind[kind_of(one.question)].append(one)
-    named = [one for kind, ones in by_kind.items() if not kind.startswith((WAYS, HEADINGS)) for one in ones]
-    figures = {"all": _right(answered), "all but numbers": _right(named)}
+    named = [one for kind, ones in by_kind.items() if not is_number(kind) for one in ones]
+    figures = {"all": _answered(answered), "all but numbers": _answered(named)}
     for kind, ones in by_kind.items():
-        figures[kind] = _right(ones) | (_off_mm(ones, config.seed) if kind.startswith(WAYS) else {})
+        figures[kind] = _answered(ones) | (_off_mm(ones, config.seed) if kind.startswith(WAYS) else {})
     return Found(figures)
 
 
-def _right(answered: Sequence[scoring.Answered]) -> dict[str, Any]:
-    endless = sum(one.finish == "length" for one in answered)
-    return _share(one.answer == one.truth for one in answered) | {"cut_short": endless}
+def _answered(answered: Sequence[scoring.Answered]) -> dict[str, Any]:
+    """How many are right; how many word for word; how many were cut short."""
+    right = _share(is_right(one.question, one.answer, one.truth) for one in answered)
+    return right | {"word_for_word": _share(one.answer == one.truth for one in answered)["share"], "cut_short": _cut_short(answered)}
+
+
+def _cut_short(answered: Sequence[scoring.Answered]) -> int:
+    return sum(one.finish == "length" for one in answered)
 
 
 def _off_mm(answered: Sequence[scoring.Answered], seed: int) -> dict[str, Any]:
@@ -161,7 +173,8 @@ def _off_mm(answered: Sequence[scoring.Answered], seed: int) -> dict[str, Any]:
 def _describe(model: Pipelines, config: EvalGenerationConfig, train, held_out: list[TokenizedEpisode], store: TokenStore) -> Found:
     told = scoring.descriptions(model, scoring.moments(held_out, config.frames, config.seed), config.longest)
     pairs = [(clauses(one.answer), clauses(one.truth)) for one in told]
-    return Found({"whole": _right(told)} | _by_thing(pairs))
+    whole = _share(one.answer == one.truth for one in told) | {"cut_short": _cut_short(told)}
+    return Found({"whole": whole} | _by_thing(pairs))
 
 
 def _draw(model: Pipelines, config: EvalGenerationConfig, train: list[TokenizedEpisode], held_out, store: TokenStore) -> Found:

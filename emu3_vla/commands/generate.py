@@ -29,9 +29,10 @@ from emu3_vla.generation.sampling import Sampling
 from emu3_vla.pipelines import Decoding, PipelineError, Pipelines, asking, filming, interleaving, media
 from emu3_vla.pipelines.drawing import DRAWN
 from emu3_vla.vision_tokenizer.images import resize
-from envs.spec import CAMERAS
+from envs.spec import CAMERAS, ROBOT_OBS
 
 DTYPES = {"": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+NO_STATE = "none"
 RATE_HZ = 6.0
 """Frames a second of a video: the shipped checkpoint's training saw one frame of five control steps, of which there are 30 a second."""
 
@@ -140,6 +141,16 @@ class Source:
             return {name: frames[0] for name, frames in media.read_moments(self.episodes, self.episode, [self.frame]).items()}
         return [media.read_picture(path) for path in self.images]
 
+    def columns(self, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+        """Of the stored episode. See data.episodes.EpisodeStore.read_columns."""
+        store, before = EpisodeStore.open(self.episodes), 0
+        for shard in store.shard_indices():
+            count = len(store.records(shard))
+            if self.episode < before + count:
+                return store.read_columns(shard, names)[self.episode - before]
+            before += count
+        raise PipelineError(f"{self.episodes} has {before} episodes, so none with number {self.episode}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageConfig(DrawnOptions):
@@ -212,6 +223,7 @@ class AskConfig(DecodingOptions, Source):
     """Options of `emu3-vla ask`."""
 
     question: str = ""
+    state: str = ""  # file of numpy (*.npy) with robot_obs of the moment, (15,); of a stored moment its own, or "none" for pictures alone
     video: str = ""  # a video file, for Emu3's published weights
     frames: int = 0  # of the video, from the first on; 0: all
     every: int = 1  # one frame of so many
@@ -222,6 +234,8 @@ class AskConfig(DecodingOptions, Source):
         if not self.question.strip():
             raise PipelineError('the question is empty; ask in words: question="..."')
         self.check_source(self.video)
+        if self.state and self.video:
+            raise PipelineError(f"state={self.state} is of the moment of pictures, and video= is asked about; leave one of them out")
 
     def main(self) -> None:
         with _opened(self, bar=False) as model:
@@ -229,8 +243,17 @@ class AskConfig(DecodingOptions, Source):
             if self.video:
                 options["frames"] = media.read_frames(self.video, count=self.frames, every=self.every)
             else:
-                options["pictures"] = self.pictures()
+                options["pictures"], options["state"] = self.pictures(), self._state(model)
             _tell(self, model.ask(self.question, **options), {"question": self.question}, "answer")
+
+    def _state(self, model: Pipelines) -> np.ndarray | None:
+        """robot_obs of the moment, where it is known and the checkpoint is told it."""
+        if self.state and self.state != NO_STATE:
+            return _read_array(self.state, "state", pipelines.WrongState)
+        if self.state or not self.episodes or model.published or model.state_words is None:
+            return None
+        columns = self.columns((ROBOT_OBS, "frame_step"))
+        return columns[ROBOT_OBS][columns["frame_step"][self.frame]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,7 +315,7 @@ class ImagineConfig(DecodingOptions, Source):
         with _opened(self) as model:
             pictures, steps = self.pictures(), None
             if self.actions:
-                actions = _read_actions(self.actions)
+                actions = _read_array(self.actions, "actions", pipelines.WrongActions)
             else:
                 actions, steps = self._stored(model)
             looks = model.imagine(self.prompt, pictures, actions, decoding=self.decoding())
@@ -310,7 +333,7 @@ class ImagineConfig(DecodingOptions, Source):
     def _stored(self, model: Pipelines) -> tuple[np.ndarray, list[int]]:
         """The episode's own actions from the frame on, (N, T, A), and the control steps after each chunk."""
         horizon = model.actions[2].horizon
-        columns, _ = self._columns(("actions", "frame_step"))
+        columns = self.columns(("actions", "frame_step"))
         first = int(columns["frame_step"][self.frame])
         actions = columns["actions"][first : first + self.chunks * horizon]
         if len(actions) < self.chunks * horizon:
@@ -322,22 +345,13 @@ class ImagineConfig(DecodingOptions, Source):
 
     def _seen(self, steps: Sequence[int], camera: str, side: int) -> Iterator[np.ndarray]:
         """What the camera saw at these control steps, black where no frame was stored."""
-        frame_of = {int(step): number for number, step in enumerate(self._columns(("frame_step",))[0]["frame_step"])}
+        frame_of = {int(step): number for number, step in enumerate(self.columns(("frame_step",))["frame_step"])}
         for step in steps:
             if step in frame_of:
                 seen = media.read_moments(self.episodes, self.episode, [frame_of[step]])[camera]
                 yield resize(seen, side)[0].permute(1, 2, 0).numpy()
             else:
                 yield np.zeros((side, side, 3), np.uint8)
-
-    def _columns(self, names: tuple[str, ...]) -> tuple[dict[str, np.ndarray], int]:
-        store, before = EpisodeStore.open(self.episodes), 0
-        for shard in store.shard_indices():
-            count = len(store.records(shard))
-            if self.episode < before + count:
-                return store.read_columns(shard, names)[self.episode - before], shard
-            before += count
-        raise PipelineError(f"{self.episodes} has {before} episodes, so none with number {self.episode}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -427,13 +441,13 @@ def _tell(config: DecodingOptions, stream: pipelines.TextStream, about: dict[str
     _made(path)
 
 
-def _read_actions(path: str) -> np.ndarray:
+def _read_array(path: str, option: str, refused: type[PipelineError]) -> np.ndarray:
     if not Path(path).is_file():
-        raise pipelines.WrongActions(f"actions={path} does not exist, expected a file of numpy.save")
+        raise refused(f"{option}={path} does not exist, expected a file of numpy.save")
     try:
         return np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise pipelines.WrongActions(f"actions={path} is no array of numbers that numpy.save wrote: {error}") from error
+        raise refused(f"{option}={path} is no array of numbers that numpy.save wrote: {error}") from error
 
 
 def _made(path: Path) -> None:

@@ -30,6 +30,7 @@ from emu3_vla.pipelines.errors import (
     WrongMask,
     WrongPictures,
     WrongSize,
+    WrongState,
 )
 from emu3_vla.pipelines.interleaving import Step
 from emu3_vla.pipelines.reconstructing import Reconstruction
@@ -51,6 +52,7 @@ __all__ = [
     "WrongMask",
     "WrongPictures",
     "WrongSize",
+    "WrongState",
     "find",
     "load",
 ]

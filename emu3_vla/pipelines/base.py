@@ -24,12 +24,12 @@ from emu3_vla.generation.items import Prompt, ids_of, items_of
 from emu3_vla.generation.pieces import Piece, numbers
 from emu3_vla.generation.requests import INT8, Event, Parallel, Request
 from emu3_vla.generation.sampling import Guidance, Sampling
-from emu3_vla.number_words import NumberWords
-from emu3_vla.pipelines.errors import LacksPart, PipelineError, WrongFrames, WrongPictures, WrongSize
+from emu3_vla.number_words import NumberWords, NumberWordsError, SpelledNumbers, StateWords
+from emu3_vla.pipelines.errors import LacksPart, PipelineError, WrongFrames, WrongPictures, WrongSize, WrongState
 from emu3_vla.vision_tokenizer import VisionTokenizer
 from emu3_vla.vision_tokenizer.images import from_bytes, resize, to_images
 from emu3_vla.vocabulary import CompactVocabulary, ImageGrid
-from envs.spec import CAMERAS
+from envs.spec import CAMERAS, ROBOT_OBS
 
 IMAGE = "image"
 """What a picture is called where the checkpoint has no cameras."""
@@ -56,7 +56,7 @@ class Decoding:
     negative: str = ""  # what guidance moves away from; empty: the null prompt
     parallel: int = 0  # guesses verified at once, which changes nothing but the time; 0: one id at a time
     lossy: int = 0  # rounds after which these guesses count as right: sooner, and not what the model would have written; 0: never
-    samples: int = 1  # predictions that are drawn, of which the one nearest to all is kept; of films and foresight alone
+    samples: int = 1  # that are drawn, of which the one nearest to all is kept; of films, foresight and answers alone
 
     def __post_init__(self):
         if self.negative and self.guidance == 1:
@@ -119,7 +119,8 @@ class PipelineBase:
     @cached_property
     def number_ids(self) -> tuple[int, ...]:
         """Text ids that stand for numbers alone: what a policy is told of its arm, and what it says that it sees. No words for people."""
-        return tuple(index for ids in self._number_words if ids is not None for index in ids.flatten().tolist())
+        spelled = [words.single_ids() for words in (self.state_words, self.scene_words) if words]
+        return tuple(index for ids in spelled if ids is not None for index in ids.flatten().tolist())
 
     @cached_property
     def foretold(self) -> tuple[Piece, ...]:
@@ -127,17 +128,32 @@ class PipelineBase:
         settings = self.checkpoint.policy
         if settings is None or not settings.scene_first:
             return ()
-        if any(ids is None for ids in self._number_words):
-            raise LacksPart(f"{self.checkpoint.folder} foretells its pictures in number words, which its text tokenizer has not as ids")
-        return tuple(numbers(self.vocabulary, ids) for ids in self._number_words)
+        return tuple(self._written(words) for words in (self.state_words, self.scene_words) if words)
 
     @cached_property
-    def _number_words(self) -> list[np.ndarray | None]:
-        """Ids of the words of the arm's state and of what there is to see, as far as the policy has them: each (S, bins), or None where
-        a word takes several ids."""
+    def seen(self) -> tuple[Piece, ...]:
+        """Grammar of what the model says, behind pictures and its arm's state, that it sees; empty where it was not trained to."""
+        return (self._written(self.scene_words),) if self.scene_words else ()
+
+    @cached_property
+    def state_words(self) -> SpelledNumbers | None:
+        """How the arm's state is said, where the policy is told it."""
         settings = self.checkpoint.policy
-        parts = [fields for fields in (settings.state, settings.scene) if fields] if settings else []
-        return [NumberWords.of(fields).spelled(self.text.encode).single_ids() for fields in parts]
+        return StateWords.of(settings.state).spelled(self.text.encode) if settings and settings.state else None
+
+    @cached_property
+    def scene_words(self) -> SpelledNumbers | None:
+        """How what there is to see is said, where the policy says it."""
+        settings = self.checkpoint.policy
+        return NumberWords.of(settings.scene).spelled(self.text.encode) if settings and settings.scene else None
+
+    def _written(self, words: SpelledNumbers) -> Piece:
+        ids_SB = words.single_ids()
+        if ids_SB is None:
+            raise LacksPart(
+                f"{self.checkpoint.folder} says {', '.join(words.words.names)} in number words, which its text tokenizer has not as ids"
+            )
+        return numbers(self.vocabulary, ids_SB)
 
     @property
     def actions(self):
@@ -202,6 +218,17 @@ class PipelineBase:
             raise WrongPictures(f"pictures of {', '.join(sorted(pictures))} were given; this checkpoint is shown {', '.join(names)}")
         return [Image(name, self.code(pictures[name], name)) for name in names]
 
+    def felt(self, state: np.ndarray) -> Text:
+        """The arm's state as the checkpoint is told it. state: robot_obs, float (15,). Raises WrongState, LacksPart."""
+        if self.state_words is None:
+            raise WrongState(f"{self.checkpoint.folder} was not told its arm's state in training; ask without state")
+        try:
+            return Text(self.state_words.ids(self.state_words.words.numbers(np.asarray(state, np.float64))))
+        except (NumberWordsError, TypeError, ValueError) as error:
+            raise WrongState(
+                f"state is expected to be {ROBOT_OBS} of the moment of the pictures, in metres and radians; or ask without: {error}"
+            ) from error
+
     def code(self, picture: Picture, camera: str) -> np.ndarray:
         """Codes of a picture: int64 (h, w). camera: "" for a checkpoint without; then a picture keeps its shape, about."""
         return self.code_frames(checked_picture(picture)[None], camera)[0]
@@ -262,7 +289,7 @@ class PipelineBase:
         number: of the request among several, which draw differently.
         """
         if decoding.samples != 1:
-            raise PipelineError(f"samples={decoding.samples} is of films and of what actions lead to; here leave it at 1")
+            raise PipelineError(f"samples={decoding.samples} is of films, of what actions lead to, and of answers; here leave it at 1")
         sampling = Sampling(temperature=decoding.temperature, top_k=decoding.top_k, top_p=decoding.top_p, seed=decoding.seed + number)
         guided = {}
         if decoding.guidance != 1:

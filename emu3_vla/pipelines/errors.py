@@ -19,6 +19,10 @@ class WrongPictures(PipelineError):
     """Not the pictures that this checkpoint is shown: of another type or shape, or of other cameras."""
 
 
+class WrongState(PipelineError):
+    """No state of an arm, or one for a checkpoint that is not told its arm's."""
+
+
 class WrongFrames(PipelineError):
     """A number of frames that cannot be."""
 

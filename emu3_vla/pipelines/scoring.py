@@ -14,11 +14,11 @@ import numpy as np
 from emu3_vla.data.tokens import TokenizedEpisode
 from emu3_vla.documents import ActionChunk, Image, Text
 from emu3_vla.pipelines import asking, drawing, filming, imagining
-from emu3_vla.pipelines.agreement import each_sample
-from emu3_vla.pipelines.base import Decoding, PipelineBase, Written
+from emu3_vla.pipelines.agreement import each_sample, most_agreed_answer
+from emu3_vla.pipelines.base import Decoding, PipelineBase
 from emu3_vla.pipelines.state_probe import Said, StateProbe
 from emu3_vla.training.kinds import CAPTION
-from emu3_vla.training.stream import documents_of, images_of
+from emu3_vla.training.stream import documents_of, images_of, said
 from envs.spec import RGB_STATIC
 
 PROBE_FRAMES = 8000
@@ -103,26 +103,43 @@ def consequences(episodes: Sequence[TokenizedEpisode], count: int, horizon: int,
     return [Moment(episode=episode, frames=own[random.integers(len(own))]) for episode, own in _spread(possible, count)]
 
 
-def answers(pipeline: PipelineBase, asked: Sequence[Moment], longest: int = asking.LONGEST) -> list[Answered]:
-    """Every stored question about each moment, greedily answered."""
+def answers(
+    pipeline: PipelineBase,
+    asked: Sequence[Moment],
+    longest: int = asking.LONGEST,
+    decoding: Decoding = asking.LIKELIEST,
+    *,
+    state: bool = True,
+) -> list[Answered]:
+    """Every stored question about each moment, answered. state: asked with the arm's state, where the checkpoint and the store know it."""
+    samples, decode = each_sample(decoding), pipeline.text.decode
+    told = pipeline.state_words if state else None
+    seen = [[*moment.look, *said(told, moment.episode.state_FS, moment.frames[0])] for moment in asked for _ in samples]
+    looks = _batched(asking.looked_at(pipeline, seen, samples * len(asked)), len(samples))
     pairs = [
-        (moment, *moment.episode.asked.pair(moment.frames[0], question))
-        for moment in asked
+        (own, *moment.episode.asked.pair(moment.frames[0], question))
+        for moment, own in zip(asked, looks, strict=True)
         for question in range(moment.episode.asked.lengths_FQ2.shape[1])
     ]
-    requests = [asking.ask_request(pipeline, [Text(question)], moment.look, asking.LIKELIEST, longest) for moment, question, _ in pairs]
-    decode = pipeline.text.decode
-    return [
-        Answered(question=decode(question.tolist()), truth=decode(truth.tolist()), answer=_words(pipeline, written), finish=written.finish)
-        for (_, question, truth), written in zip(pairs, pipeline.run(requests), strict=True)
+    requests = [
+        asking.ask_request(pipeline, [Text(question)], look, one, longest, number)
+        for number, (own, question, _) in enumerate(pairs)
+        for look, one in zip(own, samples, strict=True)
     ]
+    found = []
+    for (_, question, truth), written in zip(pairs, _batched(pipeline.run(requests), len(samples)), strict=True):
+        texts = [asking.words(pipeline, one) for one in written]
+        chosen = most_agreed_answer(texts)
+        asked_and_true = {"question": decode(question.tolist()), "truth": decode(truth.tolist())}
+        found.append(Answered(**asked_and_true, answer=texts[chosen], finish=written[chosen].finish))
+    return found
 
 
 def descriptions(pipeline: PipelineBase, shown: Sequence[Moment], longest: int = asking.LONGEST) -> list[Answered]:
     """What each moment shows, greedily described."""
     requests = [asking.describe_request(pipeline, moment.look, asking.LIKELIEST, longest) for moment in shown]
     return [
-        Answered(question="", truth=moment.caption(pipeline), answer=_words(pipeline, written), finish=written.finish)
+        Answered(question="", truth=moment.caption(pipeline), answer=asking.words(pipeline, written), finish=written.finish)
         for moment, written in zip(shown, pipeline.run(requests), strict=True)
     ]
 
@@ -187,10 +204,6 @@ def _batched(items: Sequence, count: int) -> list[Sequence]:
 
 def _static(moment: Moment) -> np.ndarray:
     return moment.episode.static_codes[list(moment.frames)].astype(np.int64)
-
-
-def _words(pipeline: PipelineBase, written: Written) -> str:
-    return pipeline.text.decode([item for item in written.items if item != pipeline.vocabulary.eos])
 
 
 def _foreseen(pipeline: PipelineBase, camera: str, ahead: int, last: np.ndarray, own: np.ndarray, truth: np.ndarray) -> Foreseen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -11,9 +12,11 @@ import torch
 from emu3_vla.documents import IGNORE, KINDS, Batch
 from emu3_vla.model import BlockEmu3ForCausalLM, PlainEmu3ForCausalLM, block_losses, token_losses
 from emu3_vla.training import processes
+from emu3_vla.training.keeping import Keeper
 
 VISION = KINDS.index("vision")
 HIT_KINDS = ("action", "text")
+KEPT_KINDS = ("action", "vision")
 MEANS = ("kind", "token")
 PAIR_FIGURES = ("loss_preference", "preferred", "margin")
 """Of a pair: its loss, whether the chosen side gained more than the rejected one, and by how many nats times beta."""
@@ -30,6 +33,7 @@ class LossConfig:
     vision_weight: float = 0.1
     vision_loss_fraction: float = 0.05  # of the blocks of a batch, drawn at random: the depth decoder costs as much as the trunk
     label_smoothing: float = 0.0  # of text and action targets
+    keep: float = 0.0  # of what moves the states before actions and vision codes, where these weigh 0, from those of init_from
 
     def __post_init__(self):
         if self.mean_over not in MEANS:
@@ -39,24 +43,38 @@ class LossConfig:
                 raise ValueError(f"loss.{kind}_weight is {self.weight(kind)}, expected at least 0")
         if not 0 <= self.vision_loss_fraction <= 1:
             raise ValueError(f"loss.vision_loss_fraction is {self.vision_loss_fraction}, expected within [0, 1]")
+        if not 0 <= self.keep < math.inf:
+            raise ValueError(f"loss.keep is {self.keep}, expected a number from 0 on")
+        if self.keep and not self.kept_kinds:
+            raise ValueError(
+                f"loss.keep={self.keep} holds what is written of kinds that are not learnt: give loss.action_weight=0 or "
+                "loss.vision_weight=0, or both"
+            )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"loss.label_smoothing is {self.label_smoothing}, expected at least 0 and below 1")
 
     def weight(self, kind: str) -> float:
         return getattr(self, f"{kind}_weight")
 
+    @property
+    def kept_kinds(self) -> list[int]:
+        """Of the kinds that `keep` is about, those that are not learnt; indices into KINDS."""
+        return [KINDS.index(kind) for kind in KEPT_KINDS if not self.weight(kind)]
+
 
 @dataclass
 class Figures:
     """Sums over tokens, per kind in the order of KINDS: float64 (4,) each. Add them up over steps or processes, then take means.
 
-    pairs: float64 (4,), sums over pairs in the order of PAIR_FIGURES, and their number; where preferences are learnt.
+    pairs: float64 (4,), sums over pairs in the order of PAIR_FIGURES, and their number; where preferences are learnt. moved: float64 (2,),
+    how far states that are kept have moved, summed, and their number.
     """
 
     loss: torch.Tensor
     hits: torch.Tensor
     tokens: torch.Tensor
     pairs: torch.Tensor = field(default_factory=lambda: torch.zeros(1 + len(PAIR_FIGURES), dtype=torch.float64))
+    moved: torch.Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
 
     @classmethod
     def zero(cls) -> Figures:
@@ -64,17 +82,18 @@ class Figures:
 
     def add(self, other: Figures) -> None:
         self.loss, self.hits, self.tokens = self.loss + other.loss, self.hits + other.hits, self.tokens + other.tokens
-        self.pairs = self.pairs + other.pairs
+        self.pairs, self.moved = self.pairs + other.pairs, self.moved + other.moved
 
     def over_processes(self) -> Figures:
-        parts = [self.loss, self.hits, self.tokens, self.pairs]
+        parts = [self.loss, self.hits, self.tokens, self.pairs, self.moved]
         return Figures(*processes.summed(torch.cat(parts)).split([len(part) for part in parts]))
 
     def total(self, config: LossConfig) -> float:
         """The loss that `total` makes of the same tokens; of pairs, theirs."""
         if self.pairs[-1]:
             return (self.pairs[0] / self.pairs[-1]).item()
-        return total(list(self.loss), self.tokens, config).item()
+        kept = config.keep * self.moved[0] / self.moved[1].clamp(min=1)
+        return (total(list(self.loss), self.tokens, config) + kept).item()
 
     def means(self) -> dict[str, float]:
         """Mean loss of each kind that occurred, and the share of action and of text tokens whose likeliest id was right."""
@@ -84,6 +103,8 @@ class Figures:
                 means[f"{kind}_accuracy"] = (self.hits[index] / self.tokens[index]).item()
         if self.pairs[-1]:
             means |= dict(zip(PAIR_FIGURES, (self.pairs[:-1] / self.pairs[-1]).tolist(), strict=True))
+        if self.moved[1]:
+            means["moved"] = (self.moved[0] / self.moved[1]).item()
         return means
 
 
@@ -134,10 +155,14 @@ def losses(
     chosen: torch.Tensor,
     smoothing: float = 0.0,
     read: Batch | None = None,
+    keeper: Keeper | None = None,
 ) -> tuple[list[torch.Tensor], Figures]:
-    """Summed loss of each kind, with gradient, in the order of KINDS; and the same as figures. read: what the trunk reads in the place of
-    the batch, see own_pictures."""
-    states_PH = model.states(batch if read is None else read)
+    """Summed loss of each kind, with gradient, in the order of KINDS, and behind them what `keeper` sums; and the same as figures.
+
+    read: what the trunk reads in the place of the batch, see own_pictures.
+    """
+    read = batch if read is None else read
+    states_PH = model.states(read)
     token_losses_M, _, right_M = token_losses(model, states_PH, batch.targets_BL.flatten(), smoothing)
     kinds_M = batch.kinds_BL[batch.targets_BL != IGNORE]
     are_KM = torch.arange(len(KINDS), device=kinds_M.device)[:, None] == kinds_M
@@ -149,6 +174,9 @@ def losses(
         hits=(right_M & are_KM).sum(1).double().cpu(),
         tokens=count_tokens(batch, chosen),
     )
+    if keeper:
+        sums.append(keeper.moved(states_PH, read))
+        figures.moved = torch.tensor([sums[-1].item(), len(keeper.positions(read))], dtype=torch.float64)
     return sums, figures
 
 

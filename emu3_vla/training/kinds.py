@@ -5,7 +5,8 @@
     describe    both images, then what there is to see            (image → caption)
     film        instruction, then one camera's frames in time, without actions
     world       instruction, images, actions, the images after them, actions, ...   (the future is what is predicted)
-    ask         both images, questions and answers; in half of them the arm's state behind the images, where it is known
+    ask         both images, questions and answers; in most of them behind the images the arm's state, where it is known, and what there
+                is to see, in number words, where the model says that before it acts
     act         instruction, images, actions, ...                 (the policy's documents)
     interleave  instruction, then moments in order: what there is to see, and its picture
 
@@ -25,7 +26,7 @@ import numpy as np
 
 from emu3_vla.documents import ActionChunk, End, Image, Segment, Text, forms
 from emu3_vla.number_words import SpelledNumbers
-from emu3_vla.training.stream import FELT, TokenizedEpisode, asked_texts, documents_of, images_of, look_at, need_scenes, said
+from emu3_vla.training.stream import FELT, TokenizedEpisode, asked_texts, documents_of, felt_and_seen, images_of, look_at, need_scenes, said
 from emu3_vla.vocabulary import Emu3Vocabulary, Vocabulary
 from envs.spec import RGB_STATIC
 
@@ -39,7 +40,7 @@ class Material:
 
     texts: ids of each task's wordings. horizon: control steps of a chunk. chunks, moments, questions: most of each in a document.
     states: how the arm's state is said before each chunk of `act`, where it is. scenes: how what there is to see is said behind it, as a
-    target, in `scene_fraction` of those documents. scene_first: both are said before pictures, too.
+    target, in `scene_fraction` of those documents. scene_first: both are said before pictures, too; scene_asked: and before questions.
     """
 
     episodes: Sequence[TokenizedEpisode]
@@ -53,6 +54,7 @@ class Material:
     scenes: SpelledNumbers | None = None
     scene_fraction: float = 0.0
     scene_first: bool = False
+    scene_asked: bool = False
 
     def __post_init__(self):
         need_scenes(self.scene_fraction, self.scenes)
@@ -159,9 +161,10 @@ def _world(material: Material, episode: TokenizedEpisode, frames: tuple[int, ...
 
 def _ask(material: Material, episode: TokenizedEpisode, frames: tuple[int, ...], random: np.random.Generator) -> list[Segment]:
     questions = random.permutation(episode.asked.lengths_FQ2.shape[1])[: material.questions]
-    states = material.states if material.states and random.random() < FELT else None
-    felt = said(states, episode.state_FS, frames[0], supervised=False)
-    return forms.asked([*images_of(episode, frames[0], supervised=False), *felt], asked_texts(episode, frames[0], questions))
+    look = images_of(episode, frames[0], supervised=False)
+    if material.states and random.random() < FELT:
+        look += felt_and_seen(episode, frames[0], material.states, material.scenes if material.scene_asked else None)
+    return forms.asked(look, asked_texts(episode, frames[0], questions))
 
 
 def _act(material: Material, episode: TokenizedEpisode, frames: tuple[int, ...], random: np.random.Generator) -> list[Segment]:

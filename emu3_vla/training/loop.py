@@ -32,7 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from emu3_vla import checkpoint, lora
 from emu3_vla.checkpoint.hub import find_folder
-from emu3_vla.documents import Batch
+from emu3_vla.documents import KINDS, Batch
 from emu3_vla.lora import LoraSettings
 from emu3_vla.model import BlockEmu3ForCausalLM
 from emu3_vla.training import depth_only, own_pictures, preference, processes, sharded_state, state, team
@@ -174,6 +174,11 @@ class TrainConfig:
                 "only_depth=true learns to write the pictures of a checkpoint: name it in init_from, with loss.vision_weight above 0, "
                 "without lora_rank"
             )
+        if self.loss.keep and (not self.init_from or self.only_depth or self.preference.pairs):
+            raise ValueError(
+                f"loss.keep={self.loss.keep} holds what a model does while its trunk learns from documents: name it in init_from, without "
+                "only_depth and preference.pairs"
+            )
         if self.lora_rank and not self.init_from:
             raise ValueError(f"lora_rank={self.lora_rank} adapts given weights: name a checkpoint folder in init_from")
         if self.lora_rank:
@@ -241,6 +246,7 @@ class TrainConfig:
             "lora_rank": self.lora_rank,
             "only_depth": self.only_depth,
             "own_pictures": self.own_pictures,
+            "loss.keep": self.loss.keep,
             "preference.pairs": self.preference.pairs,
             "optimizer.muon_learning_rate": self.optimizer.muon_learning_rate,
         }
@@ -288,6 +294,8 @@ def train(config: TrainConfig) -> None:
     model = ours.build(lambda: _new_model(config, source), lambda: outline(config, source), source.vocabulary, dtype)
     if config.lora_rank:
         ours.adapt(config.lora)
+    if config.loss.keep:
+        ours.keep(config.loss.kept_kinds, dtype)
     if config.only_depth:
         depth_only.whiten(model, (stream.batch(step) for step in range(WHITENED_OVER)))
     optimizer = ours.optimizer(config.optimizer, dtype)
@@ -386,6 +394,7 @@ def _step(
     batch = figures_of.thin_codes(batch, config.loss.vision_loss_fraction, seeds)
     # Counted before the loss, so that each process weighs its sums as if it saw the whole batch.
     tokens = ours.tokens(batch, chosen)
+    kept = ours.kept(batch)
     flops = training_flops(model, batch, len(chosen)) / ours.sharing
     optimizer.zero_gradient()
     # Up to here all is counted on the CPU; a GPU would have to be waited for at each number.
@@ -394,7 +403,9 @@ def _step(
         rounds = own_pictures.rounds_of(config.seed, step)
         others["read"] = own_pictures.with_own(model, batch, config.own_pictures, rounds, seeds)
     sums, learned = ours.losses(batch, chosen.to(ours.device), config.loss.label_smoothing, **others)
-    loss = figures_of.total(sums, tokens, config.loss)
+    loss = figures_of.total(sums[: len(KINDS)], tokens, config.loss)
+    if kept:
+        loss = loss + config.loss.keep / kept * sums[-1]
     if chosen.numel() or not config.only_depth:  # of an empty row, nothing reaches a depth decoder that learns alone
         loss.backward()
     return learned, optimizer.step(step, rate), flops

@@ -81,6 +81,7 @@ class Source:
             scenes=self.scenes(),
             scene_fraction=config.scene_fraction,
             scene_first=config.scene_first and bool(PICTURED & config.mixture.shares().keys()),
+            scene_asked=bool(config.scene_fraction or config.scene_first) and self.store.scene_words is not None,
         )
         return MixtureStream(material, config.mixture.shares(), context=config.context, rows=config.batch_size, seed=config.seed)
 

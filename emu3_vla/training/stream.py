@@ -22,7 +22,7 @@ from emu3_vla.vocabulary import CompactVocabulary
 from envs.spec import RGB_GRIPPER, RGB_STATIC
 
 POOL_STEPS = 16
-FELT = 0.5
+FELT = 0.7
 """Share of the documents that are asked in which the arm's state is said: with it, the place of what is seen is all there is to find."""
 
 
@@ -67,9 +67,10 @@ class DocumentStream:
 
     wordings: sentences of each task. encode: sentence to text ids. chunks: K, most chunks in a document. horizon: control steps from
     one chunk to the next. batch_size: documents a step, over all processes. asked_fraction: share of the documents that are asked
-    `questions` questions each. states: how the arm's state is said, before each chunk's actions and in half of the documents
+    `questions` questions each. states: how the arm's state is said, before each chunk's actions and in FELT of the documents
     that are asked; none: it is not. scenes: how what there is to see is said, as a target behind the state, in `scene_fraction` of the
-    documents that act. Raises ValueError where an episode's task has no wording, or questions or scenes are wanted and there are none.
+    documents that act, and where it is above 0 in those that are asked with the state. Raises ValueError where an episode's task has no
+    wording, or questions or scenes are wanted and there are none.
     """
 
     def __init__(
@@ -206,8 +207,10 @@ class DocumentStream:
 
     def _asked_segments(self, draw: _Draw) -> list[Segment]:
         episode, frame = self._episode_of(draw.anchor), self._anchors[draw.anchor].frames[0]
-        felt = said(self._states, episode.state_FS, frame, supervised=False) if draw.felt else []
-        return forms.asked([*images_of(episode, frame, supervised=False), *felt], asked_texts(episode, frame, draw.questions))
+        look = images_of(episode, frame, supervised=False)
+        if draw.felt:
+            look += felt_and_seen(episode, frame, self._states, self._scenes if self._scene_fraction else None)
+        return forms.asked(look, asked_texts(episode, frame, draw.questions))
 
     def _chunk_segments(self, anchor: _Anchor, seen: bool = False) -> list[Segment]:
         episode = self._episodes[anchor.episode]
@@ -236,8 +239,12 @@ def images_of(episode: TokenizedEpisode, frame: int, supervised: bool = True) ->
 
 def look_at(episode: TokenizedEpisode, frame: int, states: SpelledNumbers | None, scenes: SpelledNumbers | None) -> list[Segment]:
     """What stands before a chunk's actions: both images, and where they are said, the arm's state and what there is to see."""
-    felt = said(states, episode.state_FS, frame, supervised=False)
-    return [*images_of(episode, frame), *felt, *said(scenes, episode.scene_FS, frame)]
+    return [*images_of(episode, frame), *felt_and_seen(episode, frame, states, scenes)]
+
+
+def felt_and_seen(episode: TokenizedEpisode, frame: int, states: SpelledNumbers | None, scenes: SpelledNumbers | None) -> list[Segment]:
+    """What stands behind the images, where it is said: the arm's state, which is given, and what there is to see, which is learnt."""
+    return [*said(states, episode.state_FS, frame, supervised=False), *said(scenes, episode.scene_FS, frame)]
 
 
 def asked_texts(episode: TokenizedEpisode, frame: int, questions: Iterable[int]) -> list[Text]:

@@ -6,7 +6,7 @@ The loop asks its team for all that differs: which documents are this rank's, ho
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from emu3_vla.training import figures as figures_of
 from emu3_vla.training import processes, sharded_state
 from emu3_vla.training.context import ContextParallel
 from emu3_vla.training.figures import VISION, Figures
+from emu3_vla.training.keeping import Keeper
 from emu3_vla.training.optimizer import FlatAdamW, OptimizerConfig
 from emu3_vla.training.parallel import ParallelConfig, Ranks, own_device
 from emu3_vla.training.sharded import ShardedAdamW, distribute
@@ -60,6 +61,7 @@ class Replicas:
 
     sharing = 1
     _adapted: PeftModel | None = None
+    _keeper: Keeper | None = None
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -87,11 +89,19 @@ class Replicas:
         """Let adapters of the model learn in its place."""
         self._adapted = lora.attach(self._model, settings)
 
+    def keep(self, kinds: Sequence[int], dtype: torch.dtype) -> None:
+        """Hold states of the model where they are now. See keeping.Keeper."""
+        self._keeper = Keeper(self._model, kinds, dtype)
+
+    def kept(self, batch: Batch) -> float:
+        """Positions that are held in the whole batch of all ranks."""
+        return processes.summed(torch.tensor([float(len(self._keeper.positions(batch)))])).item() if self._keeper else 0.0
+
     def losses(
         self, batch: Batch, chosen: torch.Tensor, smoothing: float = 0.0, read: Batch | None = None
     ) -> tuple[list[torch.Tensor], Figures]:
         """Summed loss of each kind, with gradient, and the same as figures, of this rank's part. See figures.losses."""
-        return figures_of.losses(self._model, batch, chosen, smoothing, read)
+        return figures_of.losses(self._model, batch, chosen, smoothing, read, self._keeper)
 
     def tokens(self, batch: Batch, chosen: torch.Tensor) -> torch.Tensor:
         """Supervised tokens of each kind in the whole batch of all ranks: float64 (4,). See figures.count_tokens."""

@@ -22,6 +22,9 @@ from envs.spec import ROBOT_OBS, SCENE_OBS
 
 STEP_MM, FURTHEST_MM = 5, 995
 YAW_STEP_DEG = 15
+RIGHT_MM, RIGHT_DEG = 20, 15
+"""How far a right answer may be off: along each axis half a block's width, so what it names lies on the block, and a heading's own step.
+Numbers that were measured or seen are never right to the last digit. Precedent: SpatialRGPT (arXiv 2406.01584) counts within a quarter."""
 DIRECTIONS = (("left", "right"), ("back", "forward"), ("down", "up"))
 """Of negative and of positive x, y, z."""
 PLACES = {"table": "on the table", "shelf": "in the cabinet", "drawer": "in the drawer", "floor": "on the floor"}
@@ -39,6 +42,8 @@ KINDS = {
     "how is the block turned?": "heading of a block",
 } | {f"how far is the {name} from the hand?": "distance of a fixture" for name in ("drawer handle", "door handle", "switch", "button")}
 """Kinds of questions, the blocks' colours left out."""
+WAYS, HEADINGS = "distance", "heading"
+"""Kinds that begin so are answered in millimetres and in degrees."""
 _OF_A_COLOR = re.compile(rf"({'|'.join(COLORS)}) block")
 _CLAUSE = re.compile(r"the (?P<thing>[a-z ]+?) is (?P<state>[a-z ]+)")
 _BULB_BOX_Z, _DRAWER_HANDLE_Z, _DOOR_HANDLE_Z, _BUTTON_Z = 0.56, 0.36, 0.53, 0.46
@@ -124,6 +129,28 @@ def kind_of(question: str) -> str:
     return kind
 
 
+def is_right(question: str, answer: str, truth: str) -> bool:
+    """Whether an answer is right: word for word, or, where it is numbers, within RIGHT_MM and RIGHT_DEG of the true ones.
+
+    Raises ValueError for a question and for a truth that `Questions` does not give.
+    """
+    kind = kind_of(question)
+    if not is_number(kind):
+        return answer == truth
+    read = way_mm if kind.startswith(WAYS) else heading_deg
+    true = read(truth)
+    try:
+        off = np.abs(read(answer) - true)
+    except ValueError:
+        return False
+    return bool((off <= RIGHT_MM).all() if read is way_mm else min(off, 180 - off) <= RIGHT_DEG)
+
+
+def is_number(kind: str) -> bool:
+    """Whether questions of this kind are answered with numbers."""
+    return kind.startswith((WAYS, HEADINGS))
+
+
 def way_mm(answer: str) -> np.ndarray:
     """How far something is, from the words of an answer: float64 (3,), x y z. Raises ValueError for another answer."""
     words = answer.removesuffix(".").split()
@@ -131,6 +158,14 @@ def way_mm(answer: str) -> np.ndarray:
     if len(words) != 6 or len(signs) != 3 or not all(word.isdigit() for word in words[::2]):
         raise ValueError(f"{answer!r} is no distance, expected one like '125 right 40 back 80 down.'")
     return np.array([sign * float(word) for sign, word in zip(signs, words[::2], strict=True)])
+
+
+def heading_deg(answer: str) -> float:
+    """The heading that an answer says, in [0, 180). Raises ValueError for another answer."""
+    number, _, unit = answer.partition(" ")
+    if unit != "degrees." or not number.isdigit() or int(number) >= 180:
+        raise ValueError(f"{answer!r} is no heading, expected one like '135 degrees.'")
+    return float(number)
 
 
 def clauses(description: str) -> dict[str, str]:

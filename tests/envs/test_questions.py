@@ -5,7 +5,7 @@ import pytest
 
 from emu3_vla.text import TextTokenizer
 from envs.calvin.expert.policy import ExpertPolicy
-from envs.calvin.questions import DESCRIBE, KINDS, Questions, clauses, kind_of, way_mm
+from envs.calvin.questions import DESCRIBE, KINDS, Questions, clauses, heading_deg, is_right, kind_of, way_mm
 from eval.sequences import initial_state, long_horizon_sequences
 
 
@@ -78,6 +78,31 @@ def test_answers_are_read_back(state):
 def test_what_is_no_distance_is_refused(answer):
     with pytest.raises(ValueError, match="is no distance"):
         way_mm(answer)
+
+
+@pytest.mark.parametrize(
+    "question, answer, truth, right",
+    [
+        ("is the drawer open?", "yes.", "yes.", True),
+        ("is the drawer open?", "yes.", "no.", False),
+        ("how far is the red block from the hand?", "20 right 40 back 5 up.", "40 right 20 back 15 down.", True),
+        ("how far is the red block from the hand?", "20 right 40 back 5 up.", "45 right 40 back 5 up.", False),
+        ("how far is the switch from the hand?", "yes.", "45 right 40 back 5 up.", False),
+        ("how is the red block turned?", "165 degrees.", "0 degrees.", True),
+        ("how is the red block turned?", "60 degrees.", "90 degrees.", False),
+        ("how is the red block turned?", "600 degrees.", "60 degrees.", False),
+        ("how is the red block turned?", "no.", "60 degrees.", False),
+    ],
+)
+def test_numbers_are_right_within_half_a_block_and_a_step(question, answer, truth, right):
+    assert is_right(question, answer, truth) is right
+
+
+def test_what_is_no_truth_is_no_answers_fault():
+    with pytest.raises(ValueError, match="'yes.' is no distance"):
+        is_right("how far is the switch from the hand?", "5 right 0 back 0 up.", "yes.")
+    with pytest.raises(ValueError, match="'180 degrees.' is no heading"):
+        heading_deg("180 degrees.")
 
 
 def test_strange_words_are_no_question_and_no_clause():

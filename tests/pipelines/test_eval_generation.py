@@ -87,21 +87,24 @@ def test_answers_are_counted_by_kind_and_in_millimetres(monkeypatch):
         one("is the drawer open?", "no.", "yes."),
         one(far, "30 right 40 back 0 down.", "0 right 0 back 0 down."),
         one(far, "5 right 0 back 0 down.", "5 right 0 back 0 down."),
+        one(far, "5 right 0 back 0 down.", "25 right 0 back 0 down."),
         one(far, "5 right 0 back 0 down.", "no.", "length"),
         one(near, "5 right 0 back 0 down.", "yes."),
     ]
-    monkeypatch.setattr(scoring, "answers", lambda *_: answered)
+    monkeypatch.setattr(scoring, "answers", lambda *_, **__: answered)
     monkeypatch.setattr(scoring, "moments", lambda *_: [])
-    config = SimpleNamespace(frames=1, seed=0, longest=9)
+    config = SimpleNamespace(frames=1, seed=0, longest=9, state=False, samples=1)
     figures = eval_generation._ask(None, config, [], [], None).figures
-    assert figures["all"]["share"] == pytest.approx(2 / 6, abs=1e-4) and figures["all"]["cut_short"] == 1
+    assert figures["all"]["share"] == pytest.approx(3 / 7, abs=1e-4) and figures["all"]["cut_short"] == 1
+    assert figures["all"]["word_for_word"] == pytest.approx(2 / 7, abs=1e-4)
     assert figures["drawer"]["share"] == 0.5 and figures["drawer"]["n"] == 2
     block = figures["distance of a block"]
-    assert (block["n"], block["no_distance"], block["mean_mm"], block["median_mm"]) == (3, 1, 25.0, 25.0)
+    assert (block["n"], block["no_distance"], block["mean_mm"], block["median_mm"]) == (4, 1, 23.3, 20.0)
     assert figures["distance of a fixture"] == {
         "n": 1,
         "share": 0.0,
         "ci95": [0.0, pytest.approx(0.7935)],
+        "word_for_word": 0.0,
         "cut_short": 0,
         "no_distance": 1,
     }

@@ -220,7 +220,7 @@ def test_numbers_of_samples_that_cannot_be(compact):
         compact.extend(shown, frames=1, decoding=Decoding(samples=4))
     with pytest.raises(pipelines.PipelineError, match="samples is 0, expected at least 1"):
         compact.extend(shown, frames=1, decoding=Decoding(samples=0))
-    with pytest.raises(pipelines.PipelineError, match="samples=2 is of films and of what actions lead to; here leave it at 1"):
+    with pytest.raises(pipelines.PipelineError, match="samples=2 is of films, of what actions lead to, and of answers; here"):
         compact.draw("goes.", decoding=Decoding(temperature=1.0, samples=2))
 
 
@@ -240,6 +240,57 @@ def test_an_answer_that_does_not_end_says_so(compact):
     assert stream.read() is stream.text and stream.finish in ("length", "end")
     with pytest.raises(pipelines.PipelineError, match="longest is 0"):
         compact.ask("how fast?", _pictures(), longest=0)
+
+
+def test_with_the_arms_state_the_model_says_what_it_sees_before_it_answers(foretelling, monkeypatch):
+    requests, run, events = [], foretelling.run, foretelling.events
+    monkeypatch.setattr(foretelling, "run", lambda asked, **options: requests.extend(asked) or run(asked, **options))
+    monkeypatch.setattr(foretelling, "events", lambda asked: requests.extend(asked) or events(asked))
+    state = tiny_tokens.state_of(3)
+    answer = foretelling.ask("how fast?", _pictures(), state=state, longest=20).read()
+    assert "<" not in answer, "the numbers are not told"
+    look, question = requests[0].prompt, requests[-1].prompt
+    assert look[-1].ids == foretelling.state_words.ids(tiny_tokens.STATE.numbers(state))
+    scene = set(foretelling.scene_words.single_ids().flatten().tolist())
+    assert [type(part) for part in question] == [base.Begin, Image, Image, base.Text, base.Text, base.Text]
+    assert question[3] is look[-1] and len(question[4].ids) == 3 and set(question[4].ids) <= scene
+    requests.clear()
+    foretelling.ask("how fast?", _pictures(), longest=20).read()
+    assert [type(part) for part in requests[-1].prompt] == [base.Begin, Image, Image, base.Text], "of pictures alone nothing is said before"
+
+
+@pytest.mark.parametrize(
+    "state, message",
+    [
+        (np.zeros(7), "robot_obs has shape"),
+        (np.full(15, np.nan), "not finite"),
+        (["near"] * 15, "could not convert"),
+    ],
+)
+def test_what_is_no_state_of_an_arm(foretelling, state, message):
+    with pytest.raises(pipelines.WrongState, match=rf"robot_obs of the moment of the pictures, in metres and radians.*{message}"):
+        foretelling.ask("how fast?", _pictures(), state=state)
+
+
+def test_states_that_are_not_told(compact, published):
+    with pytest.raises(pipelines.WrongState, match="was not told its arm's state in training; ask without state"):
+        compact.ask("how fast?", _pictures(), state=np.zeros(15))
+    with pytest.raises(pipelines.WrongState, match="a question is about a picture or a video alone"):
+        published.ask("what is this?", _pictures()[RGB_STATIC], state=np.zeros(15))
+
+
+def test_of_several_answers_the_one_nearest_to_all(compact, foretelling):
+    answers = ["10 right 5 up.", "30 right 5 up.", "no.", "20 right 5 up."]
+    assert agreement.most_agreed_answer(answers) == 3, "10 and 30 are further from each other than both are from 20"
+    assert agreement.most_agreed_answer(["yes.", "no.", "no."]) == 1
+    assert agreement.most_agreed_answer(["yes."]) == 0
+    several = Decoding(temperature=2.0, seed=3, samples=3)
+    for model, told in ((compact, {}), (foretelling, {"state": tiny_tokens.state_of(1)})):
+        stream = model.ask("how fast?", _pictures(), longest=9, decoding=several, **told)
+        assert list(stream) == [stream.text] and stream.finish in ("end", "length"), "as a whole"
+        assert stream.text == model.ask("how fast?", _pictures(), longest=9, decoding=several, **told).read()
+    with pytest.raises(pipelines.PipelineError, match="samples=4 with temperature=0 are all the same"):
+        compact.ask("how fast?", _pictures(), decoding=Decoding(samples=4))
 
 
 def test_published_questions_have_the_published_form(published, monkeypatch):
@@ -436,10 +487,11 @@ def test_prompts_are_the_beginnings_of_training_documents(kind, compact, asked_s
     _check_prompt(kind, compact, asked_store, {}, monkeypatch)
 
 
-@pytest.mark.parametrize("kind", ["draw", "film", "world", "interleave"])
+@pytest.mark.parametrize("kind", ["draw", "film", "world", "interleave", "ask"])
 def test_what_is_foretold_stands_where_it_stood_in_training(kind, foretelling, felt_store, monkeypatch):
     encode = foretelling.text.encode
-    words = {"states": tiny_tokens.STATE.spelled(encode), "scenes": tiny_tokens.SCENE.spelled(encode), "scene_first": True}
+    words = {"states": tiny_tokens.STATE.spelled(encode), "scenes": tiny_tokens.SCENE.spelled(encode)}
+    words |= {"scene_first": True, "scene_asked": True}
     _check_prompt(kind, foretelling, felt_store, words, monkeypatch)
 
 
@@ -507,12 +559,14 @@ def _request_like(kind: str, model, document) -> None:
 
     images = [part for part in document if isinstance(part, Image)]
     texts = [part for part in document if isinstance(part, base.Text)]
+    words = set(model.number_ids)
     if kind == "draw":
         model.run([drawing.draw_request(model, texts[:1], model.cameras, Decoding())])
     elif kind == "describe":
         model.run([asking.describe_request(model, images, Decoding())])
     elif kind == "ask":
-        model.run([asking.ask_request(model, texts[:1], images, Decoding())])
+        look = document[: next(at for at, part in enumerate(document) if isinstance(part, base.Text) and not set(part.ids) & words)]
+        model.run([asking.ask_request(model, document[len(look) : len(look) + 1], look, Decoding())])
     elif kind == "film":
         model.run([filming.film_request(model, texts[:1], images[0].codes[None], len(images) - 1, Decoding())])
     elif kind == "world":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -15,14 +16,16 @@ from emu3_vla.checkpoint import load
 from emu3_vla.documents import IGNORE, KINDS
 from emu3_vla.model import BlockEmu3Config, DepthDecoder
 from emu3_vla.training import depth_only, initial, loop, team
+from emu3_vla.training.keeping import Keeper
 from emu3_vla.training.mixture import MixtureConfig
 from emu3_vla.training.source import open_source
+from emu3_vla.training.stream import FELT
 from envs.spec import RGB_GRIPPER, RGB_STATIC
 
 PRESETS = Path(cli.__file__).parents[1] / "configs" / "train"
 STAGES = sorted(path.stem for path in (PRESETS / "stage").glob("*.yaml") if path.stem not in ("debug", "small"))
 NEEDS_PAIRS = "dpo"
-NEEDS_A_POLICY = "depth"
+NEED_A_POLICY = ("depth", "answers")
 TEXT_BEFORE_IMAGES = {"draw", "film", "world", "act", "interleave"}
 
 
@@ -53,7 +56,7 @@ def _stream(store, output="unused", **options):
     return source, source.streams(config)[0]
 
 
-@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage not in (NEEDS_PAIRS, NEEDS_A_POLICY)])
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage not in (NEEDS_PAIRS, *NEED_A_POLICY)])
 def test_debug_twin_of_every_stage_trains(stage, asked_store, felt_store, tmp_path):
     store = felt_store if _compose(f"stage/{stage}", tokens="x").scene_first else asked_store
     records = _run(f"stage/{stage},stage/debug", store.path, tmp_path, steps=2)
@@ -118,6 +121,62 @@ def test_a_process_without_a_drawn_block_waits_for_the_others(felt_store, tmp_pa
     assert [record["step"] for record in records if "validation" in record] == [2]
 
 
+def test_what_is_kept_is_the_states_before_actions_and_blocks(felt_store):
+    options = {"mixture": MixtureConfig(act=1, ask=1, draw=1), "scene_fraction": 1.0, "scene_first": True}
+    source, stream = _stream(felt_store, **options)
+    model = initial.new_model(tiny_tokens.config(felt_store.path, "unused", context=256, **options), source).eval()
+    batch, v = stream.batch(1), source.vocabulary
+    following = batch.ids_BL.flatten().roll(-1)
+    following[batch.block_at_N - 1] = -2
+    actions = set(v.from_actions(np.arange(v.action_size)).tolist()) | {v.end_of_chunk}
+    expected = [at for at, index in enumerate(following.tolist()) if index == -2 or index in actions]
+    both = Keeper(model, [KINDS.index("action"), KINDS.index("vision")], torch.float32)
+    assert both.positions(batch).tolist() == expected
+    blocks = Keeper(model, [KINDS.index("vision")], torch.float32)
+    assert blocks.positions(batch).tolist() == sorted((batch.block_at_N - 1).tolist())
+
+    states = model.states(batch).detach()
+    assert both.moved(states, batch) == 0
+    moved = states.clone().requires_grad_()
+    with torch.no_grad():
+        moved[expected[0]] *= 1.5
+    loss = both.moved(moved, batch)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.25, rel=1e-5) and moved.grad.any(1).nonzero().flatten().tolist() == expected[:1]
+
+
+def test_answers_are_learnt_where_acting_stays(felt_store, tmp_path):
+    """The same steps with and without what holds the states: answers change, and actions and pictures hardly."""
+    _run("stage/joint,stage/debug", felt_store.path, tmp_path / "joint", steps=2)
+    given, moved = str(tmp_path / "joint" / "policy"), {}
+    for keep in (1e-9, 30.0):
+        output = tmp_path / f"answers_{keep}"
+        options = {"init_from": given, "steps": 12, "validate_every": 12, "loss.keep": keep, "optimizer.learning_rate": 3e-3}
+        records = _run("stage/answers,stage/debug", felt_store.path, output, **options)
+        validation = next(record["validation"] for record in records if "validation" in record)
+        moved[keep] = validation["moved"]
+        kept = 0.02 * validation["loss_special"] + validation["loss_text"] + keep * validation["moved"]
+        assert validation["loss"] == pytest.approx(kept, abs=1e-3)  # figures are rounded
+    assert 0 < moved[30.0] < 0.2 * moved[1e-9]
+    policy, before = load(output / "policy"), load(given)
+    assert torch.equal(policy.model.depth.head.weight, before.model.depth.head.weight), "what writes pictures did not learn"
+    assert policy.policy.scene == before.policy.scene and policy.policy.scene_first
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"init_from": '""'}, "loss.keep=30.0 holds what a model does while its trunk learns from documents: name it in init_from"),
+        ({"loss.action_weight": 1, "loss.vision_weight": 1}, "holds what is written of kinds that are not learnt"),
+        ({"loss.keep": -1}, "loss.keep is -1.0, expected a number from 0 on"),
+        ({"parallel.fsdp": 2, "processes": 1, "optimizer.muon_learning_rate": "null"}, "loss.keep=30.0 with"),
+    ],
+)
+def test_what_cannot_be_kept(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        _compose("stage/answers", tokens="x", **{"init_from": "policy"} | options)
+
+
 def test_stages_learn_what_they_should():
     """By their presets: of what, over how long rows, down to which rate."""
     configs = {stage: _compose(f"stage/{stage}", tokens="x", **_needed(stage)) for stage in STAGES}
@@ -137,8 +196,9 @@ def test_stages_learn_what_they_should():
 
 
 def _needed(stage: str) -> dict:
-    needed = {NEEDS_PAIRS: {"preference.pairs": "pairs", "init_from": "policy"}, NEEDS_A_POLICY: {"init_from": "policy"}}
-    return needed.get(stage, {})
+    if stage in NEED_A_POLICY:
+        return {"init_from": "policy"}
+    return {"preference.pairs": "pairs", "init_from": "policy"} if stage == NEEDS_PAIRS else {}
 
 
 def test_ablations_change_one_thing():
@@ -201,7 +261,8 @@ def test_kinds_of_documents(kind, asked_store):
 
 
 def test_acting_in_a_mixture_says_what_there_is_to_see(tmp_path):
-    """In the asked share of the documents, behind the images and the arm's state, as a target; questions feel the arm in half of them."""
+    """In the asked share of the documents, behind the images and the arm's state, as a target; questions feel the arm in
+    FELT of them, and then always say it too."""
     store = tiny_tokens.tiny_store(tmp_path / "felt", shards=2, asked=True, felt=True)
     source, stream = _stream(store, mixture=MixtureConfig(act=1, ask=1), scene_fraction=0.5, validation_fraction=0.5)
     v, scene, state = source.vocabulary, source.scenes().single_ids().flatten(), source.states().single_ids().flatten()
@@ -213,9 +274,11 @@ def test_acting_in_a_mixture_says_what_there_is_to_see(tmp_path):
             felt[acts, bool(np.isin(ids, state).any())] += 1
             assert not np.isin(targets, state).any(), "the arm's state is given"
             if spoken.any():
-                assert spoken.sum() == 3 * (ids == v.begin_action).sum() == np.isin(targets, scene).sum()
-    assert not said[False, True] and 0.4 < said[True, True] / (said[True, True] + said[True, False]) < 0.6
-    assert not felt[True, False] and 0.4 < felt[False, True] / (felt[False, True] + felt[False, False]) < 0.6
+                moments = (ids == v.begin_action).sum() if acts else 1
+                assert spoken.sum() == 3 * moments == np.isin(targets, scene).sum()
+    assert 0.4 < said[True, True] / (said[True, True] + said[True, False]) < 0.6
+    assert not felt[True, False] and abs(felt[False, True] / (felt[False, True] + felt[False, False]) - FELT) < 0.1
+    assert said[False, True] == felt[False, True]
 
 
 def test_a_mixture_cannot_say_what_the_store_does_not(asked_store):
