@@ -40,15 +40,18 @@ def test_a_policy_is_made_as_the_shipped_one_was(run, tmp_path):
     assert cli.main(["train", "output_dir=joint", *joint]) == 0
     depth = ("preset=stage/depth,stage/debug", "tokens=all_tokens", "init_from=joint/policy", *sizes)
     assert cli.main(["train", "output_dir=depth", *depth]) == 0
-    run("eval", "output_dir=results", "policy=depth/policy", "eval.num_sequences=1", "eval.max_steps=20", "eval.workers=1")
+    answers = ("preset=stage/answers,stage/debug", "tokens=all_tokens", "init_from=depth/policy", "processes=1", *sizes)
+    assert cli.main(["train", "output_dir=answers", *answers]) == 0
+    run("eval", "output_dir=results", "policy=answers/policy", "eval.num_sequences=1", "eval.max_steps=20", "eval.workers=1")
 
     results = json.loads((tmp_path / "results" / "results.json").read_text())
     assert results["errors"] == 0 and results["num_sequences"] == 1
-    told = json.loads((tmp_path / "depth" / "policy" / "provenance.json").read_text())
+    last = json.loads((tmp_path / "answers" / "policy" / "provenance.json").read_text())
+    told = last["started_from"]
     provenance = told["started_from"]
-    began = [each["config"]["init_from"] for each in (told, provenance, provenance["started_from"])]
+    began = [each["config"]["init_from"] for each in (last, told, provenance, provenance["started_from"])]
     assert (tmp_path / "depth/policy/policy.yaml").read_text() == (tmp_path / "joint/policy/policy.yaml").read_text()
-    assert began == ["joint/policy", "second/policy", "first/policy"]
+    assert began == ["depth/policy", "joint/policy", "second/policy", "first/policy"]
     assert provenance["command"] == "train" and provenance["config"]["init_from"] == "second/policy"
     demonstrated, driven = provenance["token_store"]["episodes"]
     assert (demonstrated["store"], demonstrated["seed"], demonstrated["shards"]) == ("seen_D", 0, 2)
