@@ -51,8 +51,8 @@ NEED_QUESTIONS = {"ask", "describe", "draw"}
 QUESTIONS = "envs.calvin.questions:Questions"
 SHOWN = 8
 """Pictures of each measure on the page."""
-PREDICTED = 0.5
-"""Temperature of predictions of which several are drawn."""
+PREDICTED, ANSWERED = 0.5, 1.0
+"""Temperatures of predictions and of answers of which several are drawn: answers as likely as the model holds them to be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class EvalGenerationConfig:
     kept: int = filming.KEPT
     temperature: float = DRAWN.temperature  # of drawings; everything else is greedy
     state: bool = True  # questions come with the arm's state, as the policy is told it; false: with the pictures alone
-    samples: int = 1  # answers, and predictions of each film and consequence, at PREDICTED; the one nearest to all counts. 1: greedy
+    samples: int = 1  # answers at ANSWERED, films and consequences at PREDICTED; of each the one nearest to all counts. 1: greedy
     longest: int = asking.LONGEST  # text ids of an answer or a description, at most
     rows: int = 8  # requests at once
     seed: int = 0
@@ -131,7 +131,7 @@ def _ask(model: Pipelines, config: EvalGenerationConfig, train, held_out: list[T
             "checkpoint, or ask of the pictures alone with state=false"
         )
     shown = scoring.moments(held_out, config.frames, config.seed)
-    answered = scoring.answers(model, shown, config.longest, _predicted(config), state=told)
+    answered = scoring.answers(model, shown, config.longest, _drawn(config, ANSWERED), state=told)
     by_kind: dict[str, list[scoring.Answered]] = defaultdict(list)
     for one in answered:
         by_kind[kind_of(one.question)].append(one)
@@ -197,16 +197,16 @@ def _draw(model: Pipelines, config: EvalGenerationConfig, train: list[TokenizedE
 
 def _film(model: Pipelines, config: EvalGenerationConfig, train, held_out: list[TokenizedEpisode], store: TokenStore) -> Found:
     runs = scoring.moments(held_out, config.pictures, config.seed, run=config.window)
-    return _compared(scoring.filmed(model, runs, config.kept, _predicted(config)), config.seed, "frame")
+    return _compared(scoring.filmed(model, runs, config.kept, _drawn(config, PREDICTED)), config.seed, "frame")
 
 
 def _world(model: Pipelines, config: EvalGenerationConfig, train, held_out: list[TokenizedEpisode], store: TokenStore) -> Found:
     pairs = scoring.consequences(held_out, config.pictures, store.metadata["horizon"], config.seed)
-    return _compared(scoring.foreseen(model, pairs, _predicted(config)), config.seed, "chunk")
+    return _compared(scoring.foreseen(model, pairs, _drawn(config, PREDICTED)), config.seed, "chunk")
 
 
-def _predicted(config: EvalGenerationConfig) -> pipelines.Decoding:
-    return pipelines.Decoding(temperature=PREDICTED if config.samples > 1 else 0.0, samples=config.samples, seed=config.seed)
+def _drawn(config: EvalGenerationConfig, temperature: float) -> pipelines.Decoding:
+    return pipelines.Decoding(temperature=temperature if config.samples > 1 else 0.0, samples=config.samples, seed=config.seed)
 
 
 def _compared(found: Sequence[scoring.Foreseen], seed: int, unit: str) -> Found:

@@ -4,8 +4,8 @@ One that is drawn, or the likeliest code by code, may show an unlikely whole: an
 least mean squared distance to the others has the least expected error of them, by the model's own lights (minimum Bayes risk decoding;
 Kumar and Byrne 2004). What it shows is still one thing that the model wrote, and no mean of many.
 
-So with answers (self-consistency, arXiv 2203.11171), whose numbers are the further from each other the more they differ: the likeliest
-number need not be near where most of the likelihood lies.
+So with answers (self-consistency, arXiv 2203.11171), by their numbers: the likeliest number need not be near where most of the likelihood
+lies. Answers in other words are further from each other than any two in the same.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def most_agreed_answer(answers: Sequence[str]) -> int:
 
     def apart(one: int, other: int) -> float:
         if shapes[one] != shapes[other]:
-            return furthest
-        return float(np.mean([abs(a - b) for a, b in zip(values[one], values[other], strict=True)])) if values[one] else 0.0
+            return furthest**2
+        return float(np.mean([(a - b) ** 2 for a, b in zip(values[one], values[other], strict=True)])) if values[one] else 0.0
 
     return min(range(len(answers)), key=lambda one: sum(apart(one, other) for other in range(len(answers))))
 

@@ -179,6 +179,11 @@ class TrainConfig:
                 f"loss.keep={self.loss.keep} holds what a model does while its trunk learns from documents: name it in init_from, without "
                 "only_depth and preference.pairs"
             )
+        if self.loss.keep and (self.lora_rank or self.optimizer.weight_decay):
+            raise ValueError(
+                f"loss.keep={self.loss.keep} leaves alone what writes the kinds that are not learnt: it needs optimizer.weight_decay=0 and "
+                f"lora_rank=0, not {self.optimizer.weight_decay} and {self.lora_rank}"
+            )
         if self.lora_rank and not self.init_from:
             raise ValueError(f"lora_rank={self.lora_rank} adapts given weights: name a checkpoint folder in init_from")
         if self.lora_rank:
@@ -513,7 +518,7 @@ def _progress(console: Console, disable: bool) -> Progress:
 
 def _merged(averaged: dict[str, torch.Tensor], output: Path, config: TrainConfig, source: Source) -> dict[str, torch.Tensor]:
     """What the policy gets, float32. Adapters are merged into the weights that they adapt, and kept in adapter/ too."""
-    if not config.lora_rank and config.learn_codes and not config.only_depth:
+    if not config.lora_rank and config.learn_codes and not config.only_depth and not config.loss.keep:
         return averaged
     model = _new_model(config, source)  # the weights in use were rounded
     if not config.lora_rank:

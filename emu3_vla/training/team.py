@@ -90,8 +90,8 @@ class Replicas:
         self._adapted = lora.attach(self._model, settings)
 
     def keep(self, kinds: Sequence[int], dtype: torch.dtype) -> None:
-        """Hold states of the model where they are now. See keeping.Keeper."""
-        self._keeper = Keeper(self._model, kinds, dtype)
+        """Hold states of the model where they are now, and what writes from them. See keeping.Keeper."""
+        self._keeper = Keeper(self._model, kinds, self._vocabulary, dtype)
 
     def kept(self, batch: Batch) -> float:
         """Positions that are held in the whole batch of all ranks."""

@@ -130,9 +130,9 @@ def test_what_is_kept_is_the_states_before_actions_and_blocks(felt_store):
     following[batch.block_at_N - 1] = -2
     actions = set(v.from_actions(np.arange(v.action_size)).tolist()) | {v.end_of_chunk}
     expected = [at for at, index in enumerate(following.tolist()) if index == -2 or index in actions]
-    both = Keeper(model, [KINDS.index("action"), KINDS.index("vision")], torch.float32)
+    both = Keeper(model, [KINDS.index("action"), KINDS.index("vision")], v, torch.float32)
     assert both.positions(batch).tolist() == expected
-    blocks = Keeper(model, [KINDS.index("vision")], torch.float32)
+    blocks = Keeper(model, [KINDS.index("vision")], v, torch.float32)
     assert blocks.positions(batch).tolist() == sorted((batch.block_at_N - 1).tolist())
 
     states = model.states(batch).detach()
@@ -159,7 +159,12 @@ def test_answers_are_learnt_where_acting_stays(felt_store, tmp_path):
         assert validation["loss"] == pytest.approx(kept, abs=1e-3)  # figures are rounded
     assert 0 < moved[30.0] < 0.2 * moved[1e-9]
     policy, before = load(output / "policy"), load(given)
-    assert torch.equal(policy.model.depth.head.weight, before.model.depth.head.weight), "what writes pictures did not learn"
+    after, given = policy.model.state_dict(), before.model.state_dict()
+    same = {name for name in after if torch.equal(after[name], given[name])}
+    assert {name for name in after if name.startswith("depth.")} <= same, "what writes pictures does not learn"
+    actions = policy.vocabulary.from_actions(np.arange(policy.vocabulary.action_size)).tolist()
+    changed = (after["lm_head.weight"] != given["lm_head.weight"]).any(1).nonzero().flatten().tolist()
+    assert changed and not set(changed) & {*actions, policy.vocabulary.end_of_chunk}, "nor does what writes actions"
     assert policy.policy.scene == before.policy.scene and policy.policy.scene_first
 
 
@@ -168,6 +173,8 @@ def test_answers_are_learnt_where_acting_stays(felt_store, tmp_path):
     [
         ({"init_from": '""'}, "loss.keep=30.0 holds what a model does while its trunk learns from documents: name it in init_from"),
         ({"loss.action_weight": 1, "loss.vision_weight": 1}, "holds what is written of kinds that are not learnt"),
+        ({"optimizer.weight_decay": 0.1}, "it needs optimizer.weight_decay=0 and lora_rank=0, not 0.1 and 0"),
+        ({"lora_rank": 8}, "it needs optimizer.weight_decay=0 and lora_rank=0, not 0.0 and 8"),
         ({"loss.keep": -1}, "loss.keep is -1.0, expected a number from 0 on"),
         ({"parallel.fsdp": 2, "processes": 1, "optimizer.muon_learning_rate": "null"}, "loss.keep=30.0 with"),
     ],
