@@ -42,7 +42,7 @@ from emu3_vla.data.episodes import write_text_atomic
 from emu3_vla.data.tokens import TokenizedEpisode, TokenStore, hashes
 from emu3_vla.pipelines import Pipelines, asking, filming, scoring
 from emu3_vla.pipelines.drawing import DRAWN
-from envs.calvin.questions import WAYS, clauses, is_number, is_right, kind_of, way_mm
+from envs.calvin.questions import RIGHT_DEG, RIGHT_MM, WAYS, clauses, is_number, is_right, kind_of, way_mm
 from eval.provenance import git_commit
 from eval.statistics import bootstrap_mean_interval, wilson_interval
 
@@ -124,7 +124,7 @@ def main(config: EvalGenerationConfig) -> None:
 
 
 def _ask(model: Pipelines, config: EvalGenerationConfig, train, held_out: list[TokenizedEpisode], store: TokenStore) -> Found:
-    told = config.state and model.state_words is not None
+    told = _told(config, model)
     if told and store.state_words != model.state_words.words:
         raise ValueError(
             f"tokens={config.tokens} says the arm's state otherwise than {config.checkpoint} is told it, or not at all; tokenize with the "
@@ -140,6 +140,11 @@ def _ask(model: Pipelines, config: EvalGenerationConfig, train, held_out: list[T
     for kind, ones in by_kind.items():
         figures[kind] = _answered(ones) | (_off_mm(ones, config.seed) if kind.startswith(WAYS) else {})
     return Found(figures)
+
+
+def _told(config: EvalGenerationConfig, model: Pipelines) -> bool:
+    """Whether questions come with the arm's state."""
+    return config.state and model.state_words is not None
 
 
 def _answered(answered: Sequence[scoring.Answered]) -> dict[str, Any]:
@@ -276,6 +281,8 @@ def _write(config: EvalGenerationConfig, model: Pipelines, found: dict[str, Foun
         "checkpoint": config.checkpoint,
         "step": model.checkpoint.provenance.get("step"),
         "truth_of_pictures": "stored codes, decoded",
+        "asked_with_state": _told(config, model),
+        "right_within": {"mm": RIGHT_MM, "degrees": RIGHT_DEG},
         "measures": {name: one.figures for name, one in found.items()},
         "config": json.loads(json.dumps(asdict(config))),
         "git_commit": git_commit(),
