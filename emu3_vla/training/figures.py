@@ -175,8 +175,9 @@ def losses(
         tokens=count_tokens(batch, chosen),
     )
     if keeper:
-        sums.append(keeper.moved(states_PH, read))
-        figures.moved = torch.tensor([sums[-1].item(), len(keeper.positions(read))], dtype=torch.float64)
+        moved, count = keeper.moved(states_PH, read)
+        sums.append(moved)
+        figures.moved = torch.tensor([moved.item(), count], dtype=torch.float64)
     return sums, figures
 
 

@@ -59,10 +59,10 @@ class Keeper:
         kinds_P = batch.kinds_BL.flatten()
         return sum(kinds_P == kind for kind in self._kinds).nonzero().squeeze(1)
 
-    def moved(self, states_PH: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def moved(self, states_PH: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, int]:
         """Squared distance of these states from those of before, relative to their size, summed over the positions that are held: float32,
-        with gradient. batch: what the trunk read."""
+        with gradient; and the number of these. batch: what the trunk read."""
         at = self.positions(batch)
         with torch.no_grad():
             before = self._before.states(batch)[at].float()
-        return ((states_PH[at].float() - before).square().sum(1) / before.square().sum(1)).sum()
+        return ((states_PH[at].float() - before).square().sum(1) / before.square().sum(1)).sum(), len(at)

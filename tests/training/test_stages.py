@@ -136,11 +136,11 @@ def test_what_is_kept_is_the_states_before_actions_and_blocks(felt_store):
     assert blocks.positions(batch).tolist() == sorted((batch.block_at_N - 1).tolist())
 
     states = model.states(batch).detach()
-    assert both.moved(states, batch) == 0
+    assert both.moved(states, batch) == (0, len(expected))
     moved = states.clone().requires_grad_()
     with torch.no_grad():
         moved[expected[0]] *= 1.5
-    loss = both.moved(moved, batch)
+    loss, _ = both.moved(moved, batch)
     loss.backward()
     assert loss.item() == pytest.approx(0.25, rel=1e-5) and moved.grad.any(1).nonzero().flatten().tolist() == expected[:1]
 
